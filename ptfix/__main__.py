@@ -1,0 +1,7 @@
+"""`python -m ptfix`."""
+
+import sys
+
+from ptfix.cli import main
+
+sys.exit(main())

@@ -1,0 +1,121 @@
+"""`ptfix doctor`: what is broken in this pair of hosts, what ptfix does about it, what was measured, what would help."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+import ptfix
+from ptfix import evidence, fixes, hosts
+from ptfix.patching import Fix
+from ptfix.report import Row, Status
+
+
+def add_parser(subparsers: Any) -> None:
+    """Offer the command."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "doctor", help="what is broken in this pair, and what helps"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the findings; 1 where something needed cannot work, else 0."""
+    findings = examine()
+    print(json.dumps(findings, indent=2) if args.json else _text(findings))
+    return 1 if findings["problems"] else 0
+
+
+def examine() -> dict[str, Any]:
+    """Everything the doctor knows, ready for json. Imports and probes the hosts; patches nothing."""
+    report = ptfix.status()
+    problems = [problem for problem in map(hosts.problem, hosts.FLOORS) if problem]
+    advice = [evidence.remedy()] if problems else []
+    rows = {row.fix: row for row in report.rows}
+    problems += [
+        f"{row.fix} is needed but unsupported: {row.reason}"
+        for row in report.rows
+        if row.status is Status.UNSUPPORTED and row.reason not in problems
+    ]
+    return {
+        "ptfix": ptfix.__version__,
+        "python": platform.python_version(),
+        "hosts": dict(report.hosts),
+        "fixes": [_finding(fix, rows[fix.id]) for fix in fixes.ALL],
+        "matrix": _measured(report.hosts),
+        "problems": problems,
+        "advice": advice,
+    }
+
+
+def _finding(fix: Fix, row: Row) -> dict[str, Any]:
+    needed = row.status in (Status.APPLIED, Status.NOT_APPLIED, Status.UNSUPPORTED)
+    return {
+        "id": fix.id,
+        "status": row.status.value,
+        "reason": row.reason,
+        "why": fix.why,
+        "link": fix.link,
+        "upgrade": _upgrades(fix.affects) if needed else [],
+        "retire_when": fix.retire_when,
+    }
+
+
+def _upgrades(affects: Mapping[str, str]) -> list[str]:
+    """The releases, any one of which leaves the window: beyond the upper bound of one of its hosts."""
+    beyond = {"<": ">=", "<=": ">"}
+    return [
+        f"{name}{beyond[part.operator]}{part.version}"
+        for name, specifier in affects.items()
+        for part in SpecifierSet(specifier)
+        if part.operator in beyond
+    ]
+
+
+def _measured(versions: Mapping[str, str]) -> dict[str, Any] | None:
+    cell = evidence.nearest(versions)
+    if cell is None:
+        return None
+    return {"id": cell.id, "exact": cell.is_pair(versions), "pins": dict(cell.pins), **cell.measured}
+
+
+def _text(findings: Mapping[str, Any]) -> str:
+    installed = findings["hosts"]
+    versions = [f"{name} {installed.get(name, 'not installed')}" for name in (*hosts.FLOORS, "torch")]
+    lines = [f"ptfix {findings['ptfix']}, python {findings['python']}, {', '.join(versions)}", "", "Fixes"]
+    for fix in findings["fixes"]:
+        lines += [f"  {fix['status']:12} {fix['id']}: {fix['reason']}"]
+        if fix["status"] != Status.NOT_NEEDED:
+            upgrade = " or ".join(fix["upgrade"]) or f"no release yet; {fix['retire_when']}"
+            lines += [f"{'':15}{fix['why']} ({fix['link']})", f"{'':15}no longer needed with: {upgrade}"]
+    lines += [] if findings["fixes"] else ["  none in this release"]
+    lines += ["", "Measured", *_matrix_lines(findings["matrix"])]
+    if findings["problems"]:
+        lines += ["", "Problems", *(f"  {line}" for line in findings["problems"] + findings["advice"])]
+    return "\n".join(lines)
+
+
+def _matrix_lines(matrix: Mapping[str, Any] | None) -> list[str]:
+    if matrix is None:
+        return ["  nothing is known about this pair"]
+    pins = ", ".join(f"{name} {version}" for name, version in matrix["pins"].items())
+    lines = [f"  {'this very pair' if matrix['exact'] else 'not this pair; the nearest measured one'}: {pins}"]
+    for key, value in matrix.items():
+        if key not in ("id", "exact", "pins"):
+            lines += [f"  {key}: {_summary(value)}"]
+    return lines
+
+
+def _summary(value: Any) -> str:
+    """A mapping as what is how: ``ok (greedy, beam), wrong (static)``. Anything else as it is."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    outcomes: dict[str, list[str]] = {}
+    for name, outcome in value.items():
+        outcomes.setdefault(str(outcome), []).append(str(name))
+    return ", ".join(f"{outcome} ({', '.join(names)})" for outcome, names in outcomes.items())

@@ -1,0 +1,312 @@
+"""The engine, and the only module that sets attributes on a host: plan -> commit -> ledger -> revert.
+
+A plan touches nothing: is the fix disabled, can its hosts be used, does the window say "may be broken", does the
+probe say "is broken", are the targets as expected. A commit makes all edits of a fix or none and writes them in the
+ledger; `revert()` walks the ledger backwards. Errors at patch time leave the host as it was; errors at call time are
+the caller's to see.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import logging
+import os
+import re
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ptfix import hosts
+from ptfix.report import Report, Row, Status
+
+log = logging.getLogger("ptfix")
+
+_MISSING: Any = object()
+
+Function = Callable[..., Any]
+
+
+class PatchError(RuntimeError):
+    """`strict` was asked for, and a needed fix could not be applied."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One function of a host to replace."""
+
+    target: str  #: "package.module:Class.method" or "package.module:function"
+    wrap: Callable[
+        [Function], Function
+    ]  #: the plain function (inside a classmethod or staticmethod) -> its replacement
+    parameters: tuple[str, ...] = ()  #: names the original must take; if one is gone, the host has drifted
+    optional: bool = False  #: skip this edit where the target does not exist, instead of calling it drift
+
+
+@dataclass(frozen=True)
+class Fix:
+    """One upstream fault, and the edits that mend it."""
+
+    id: str
+    why: str  #: one sentence for people
+    link: str  #: the upstream issue or pull request
+    affects: Mapping[str, str]  #: host -> specifier; the versions that may be broken, empty for all
+    probe: Callable[[], str | None]  #: None where this host is healthy, otherwise how it is broken
+    edits: tuple[Edit, ...]
+    retire_when: str  #: what must be true before this fix can be deleted
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The hosts this fix needs, in the order of `hosts.FLOORS`."""
+        named = {*self.affects, *(re.split(r"[.:]", edit.target, maxsplit=1)[0] for edit in self.edits)}
+        return tuple(name for name in hosts.FLOORS if name in named)
+
+
+class _Drift(Exception):
+    """A target is not what the fix was written for."""
+
+
+@dataclass
+class _Switch:
+    """Shared by all functions one fix installs, so that they turn on and off together."""
+
+    on: bool = False
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One attribute ptfix has set."""
+
+    owner: Any
+    name: str
+    original: Any  #: what the owner's own __dict__ held; _MISSING where it inherited the attribute
+    installed: Any
+    switch: _Switch
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A row; and where it says NOT_APPLIED, the places to edit and how the host is broken."""
+
+    row: Row
+    places: tuple[tuple[Edit, Any, str], ...] = ()  #: (edit, owner, name)
+    symptom: str = ""
+
+
+@dataclass
+class Patcher:
+    """Applies `fixes`, in their order. Thread-safe: one lock covers planning and committing.
+
+    `remedy` is asked only when a host cannot be used: one sentence on what to install instead.
+    """
+
+    fixes: tuple[Fix, ...]
+    remedy: Callable[[], str] = lambda: "Install releases of transformers and peft that import together."
+    _ledger: list[_Entry] = field(default_factory=list, init=False)
+    _rows: dict[str, Row] = field(default_factory=dict, init=False)
+    _lock: threading.RLock = field(default_factory=threading.RLock, init=False)
+
+    def apply(self, strict: bool = False) -> Report:
+        """Import the hosts and apply every fix that is needed.
+
+        Called again, it tries only what was unsupported or disabled.
+
+        Raises:
+            PatchError: `strict`, and a needed fix could not be applied. What this call had set is undone first.
+        """
+        with self._lock:
+            mark, before, disabled = len(self._ledger), dict(self._rows), _disabled()
+            for unknown in sorted(disabled - {fix.id for fix in self.fixes}):
+                log.warning(
+                    "PTFIX_DISABLE names %s, which is no fix of this release; `ptfix doctor` lists them.", unknown
+                )
+            settled = {fix for fix, row in before.items() if row.status in (Status.APPLIED, Status.NOT_NEEDED)}
+            todo = [fix for fix in self.fixes if fix.id not in settled]
+            problems = _problems(todo, disabled)
+            for fix in todo:
+                self._rows[fix.id] = self._commit(fix, _plan(fix, problems, disabled))
+            report = self._report(self._rows)
+            if strict and any(row.status is Status.UNSUPPORTED for row in report.rows):
+                self._unwind(mark)
+                self._rows = before
+                raise PatchError("\n".join(self._warnings(report.rows, problems)))
+            news = [row for row in report.rows if row != before.get(row.fix)]
+            for row in news:
+                if row.status is Status.APPLIED:
+                    log.info("%s applied: %s", row.fix, row.reason)
+            for warning in self._warnings(news, problems):
+                log.warning("%s", warning)
+            return report
+
+    def status(self) -> Report:
+        """The rows of the last `apply()`; before it, what it would do. Imports and probes, but sets nothing."""
+        with self._lock:
+            disabled = _disabled()
+            todo = [fix for fix in self.fixes if fix.id not in self._rows]
+            problems = _problems(todo, disabled)
+            return self._report(self._rows | {fix.id: _plan(fix, problems, disabled).row for fix in todo})
+
+    def revert(self) -> None:
+        """Give every host attribute back the object it held.
+
+        A wrapper that someone else put around ours stays; ours, inside it, then calls the original.
+        """
+        with self._lock:
+            self._unwind(0)
+            self._rows.clear()
+
+    def _commit(self, fix: Fix, plan: _Plan) -> Row:
+        """Make all edits of the plan or none."""
+        if not plan.places:
+            return plan.row
+        mark, switch = len(self._ledger), _Switch()
+        try:
+            for edit, owner, name in plan.places:
+                # Read again: an earlier fix of this call may have edited the same place.
+                installed = _switched(_find(owner, name), edit.wrap, switch)
+                self._ledger.append(_Entry(owner, name, vars(owner).get(name, _MISSING), installed, switch))
+                setattr(owner, name, installed)
+        except BaseException as error:
+            self._unwind(mark)
+            if not isinstance(error, Exception):  # an interrupt is not ours to keep
+                raise
+            return Row(fix.id, Status.UNSUPPORTED, f"could not be applied: {_describe(error)}")
+        switch.on = True  # last, so that a call running in another thread never meets half a fix
+        return Row(fix.id, Status.APPLIED, plan.symptom)
+
+    def _unwind(self, mark: int) -> None:
+        """Undo the ledger backwards, down to its first `mark` entries."""
+        for entry in self._ledger[mark:]:
+            entry.switch.on = False
+        while len(self._ledger) > mark:
+            entry = self._ledger.pop()
+            if vars(entry.owner).get(entry.name) is not entry.installed:
+                continue  # never set, or wrapped by someone since: not ours to replace
+            if entry.original is _MISSING:
+                delattr(entry.owner, entry.name)
+            else:
+                setattr(entry.owner, entry.name, entry.original)
+
+    def _report(self, rows: Mapping[str, Row]) -> Report:
+        return Report(hosts.versions(), tuple(rows[fix.id] for fix in self.fixes))
+
+    def _warnings(self, rows: Iterable[Row], problems: Mapping[str, str]) -> list[str]:
+        """One line per cause rather than per fix, each saying what to do."""
+        causes: dict[str, list[str]] = {}
+        for row in rows:
+            if row.status is Status.UNSUPPORTED:
+                causes.setdefault(row.reason, []).append(row.fix)
+        lines = []
+        for reason, fixes in causes.items():
+            names = ",".join(fixes)
+            if reason in problems.values():
+                advice = self.remedy()
+            else:
+                advice = f"The host is as it was. Run `ptfix doctor`, upgrade ptfix, or set PTFIX_DISABLE={names}."
+            lines.append(f"{names} needed but not applied: {reason}. {advice}")
+        return lines
+
+
+def _disabled() -> set[str]:
+    return {word.strip() for word in os.environ.get("PTFIX_DISABLE", "").split(",")} - {""}
+
+
+def _problems(fixes: Iterable[Fix], disabled: set[str]) -> dict[str, str]:
+    """Host -> why it cannot be used, for the hosts these fixes need. Asked once a call: a failing import is slow."""
+    needed = {name for fix in fixes if fix.id not in disabled for name in fix.hosts}
+    found = {name: hosts.problem(name) for name in hosts.FLOORS if name in needed}
+    return {name: reason for name, reason in found.items() if reason}
+
+
+def _plan(fix: Fix, problems: Mapping[str, str], disabled: set[str]) -> _Plan:
+    """What to do about `fix`. Touches nothing."""
+
+    def row(status: Status, reason: str) -> _Plan:
+        return _Plan(Row(fix.id, status, reason))
+
+    if fix.id in disabled:
+        return row(Status.DISABLED, "named in PTFIX_DISABLE")
+    for name in fix.hosts:
+        if name in problems:
+            return row(Status.UNSUPPORTED if hosts.installed(name) else Status.NOT_NEEDED, problems[name])
+    if not hosts.in_window(fix.affects):
+        window = ", ".join(f"{name} {specifier}" for name, specifier in fix.affects.items())
+        return row(Status.NOT_NEEDED, f"outside the affected versions ({window})")
+    try:
+        symptom = fix.probe()
+    except Exception as error:
+        return row(Status.UNSUPPORTED, f"the probe failed: {_describe(error)}")
+    if symptom is None:
+        return row(Status.NOT_NEEDED, "probed and found healthy")
+    try:
+        places = tuple((edit, *place) for edit in fix.edits if (place := _resolve(edit)))
+    except Exception as error:
+        return row(Status.UNSUPPORTED, _describe(error))
+    if not places:
+        return row(Status.UNSUPPORTED, "none of its targets exists in this host")
+    return _Plan(Row(fix.id, Status.NOT_APPLIED, f"needed, call ptfix.apply(): {symptom}"), places, symptom)
+
+
+def _resolve(edit: Edit) -> tuple[Any, str] | None:
+    """(owner, name) of a target that is as expected; None where it is optional and absent. Raises _Drift otherwise."""
+    module, _, path = edit.target.partition(":")
+    *outer, name = path.split(".")
+    try:
+        owner = importlib.import_module(module)
+        for part in outer:
+            owner = getattr(owner, part)
+        function = _function(_find(owner, name))
+    except (ModuleNotFoundError, AttributeError) as error:
+        if edit.optional:
+            return None
+        raise _Drift(f"{edit.target} does not exist in this host ({error})") from error
+    except _Drift as error:
+        raise _Drift(f"{edit.target} {error}") from error
+    gone = [name for name in edit.parameters if name not in inspect.signature(function).parameters]
+    if gone:
+        raise _Drift(f"{edit.target} no longer takes {', '.join(gone)}")
+    return owner, name
+
+
+def _find(owner: Any, name: str) -> Any:
+    """The raw attribute, descriptor and all, from a module or along a class's MRO; never what getattr would bind."""
+    for scope in inspect.getmro(owner) if inspect.isclass(owner) else (owner,):
+        if name in vars(scope):
+            return vars(scope)[name]
+    if inspect.ismodule(owner):
+        return getattr(owner, name)  # a lazy module; this also fills its __dict__
+    raise AttributeError(f"{owner!r} has no attribute {name!r}")
+
+
+def _function(raw: Any) -> Function:
+    """The plain function in `raw`. Raises _Drift for anything a transparent switch cannot stand in for."""
+    function = raw.__func__ if isinstance(raw, (classmethod, staticmethod)) else raw
+    if not inspect.isfunction(function):
+        raise _Drift(
+            f"is a {type(function).__name__}; only functions, methods, classmethods and staticmethods can be edited"
+        )
+    if (
+        inspect.iscoroutinefunction(function)
+        or inspect.isasyncgenfunction(function)
+        or inspect.isgeneratorfunction(function)
+    ):
+        raise _Drift("is a coroutine or generator function; only ordinary functions can be edited")
+    return function
+
+
+def _switched(raw: Any, wrap: Callable[[Function], Function], switch: _Switch) -> Any:
+    """`raw` with its function behind `switch`, which bound methods kept by old objects obey too."""
+    original = _function(raw)
+    replacement = wrap(original)
+
+    @functools.wraps(original)  # generate() inspects signatures
+    def switched(*args: Any, **kwargs: Any) -> Any:
+        return (replacement if switch.on else original)(*args, **kwargs)
+
+    return type(raw)(switched) if isinstance(raw, (classmethod, staticmethod)) else switched
+
+
+def _describe(error: BaseException) -> str:
+    return str(error) if isinstance(error, _Drift) else f"{type(error).__name__}: {error}"
