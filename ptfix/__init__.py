@@ -12,10 +12,9 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any
 
-from ptfix.patching import Patcher, PatchError
-from ptfix.report import Report, Row, Status
-
 if TYPE_CHECKING:
+    from ptfix.patching import Patcher, PatchError
+    from ptfix.report import Report, Row, Status
 
     def callbacks() -> list[Any]:
         """The sensible default set of callbacks for a `transformers.Trainer`."""
@@ -24,8 +23,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["PatchError", "Report", "Row", "Status", "apply", "callbacks", "revert", "status"]
 
-#: Loaded on first use, since they import a host. `callbacks` is a room that can be called.
+#: Loaded on first use, so that `import ptfix` costs nothing. `callbacks` is a room that can be called.
 _LAZY = {
+    "PatchError": "ptfix.patching",
+    "Report": "ptfix.report",
+    "Row": "ptfix.report",
+    "Status": "ptfix.report",
     "callbacks": "ptfix.callbacks",
     "chat_templates": "ptfix.chat_templates",
     "ChatTemplateCallback": "ptfix.callbacks",
@@ -71,6 +74,7 @@ def _patcher() -> Patcher:
 @functools.cache
 def _the_patcher() -> Patcher:
     from ptfix import evidence, fixes
+    from ptfix.patching import Patcher
 
     return Patcher(fixes.ALL, evidence.remedy)
 

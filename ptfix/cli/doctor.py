@@ -1,4 +1,4 @@
-"""`ptfix doctor`: what is broken in this pair of hosts, what ptfix does about it, what was measured, what would help."""
+"""`ptfix doctor`: what is broken in this pair of hosts, what ptfix does about it, what was measured, what helps."""
 
 from __future__ import annotations
 
