@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-#: The oldest release of each host that ptfix is measured on.
+#: The oldest release of each host that ptfix is measured on. Each host is built on the ones before it.
 FLOORS: Mapping[str, str] = {"transformers": "4.36", "peft": "0.6"}
 
 

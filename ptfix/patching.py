@@ -59,9 +59,10 @@ class Fix:
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """The hosts this fix needs, in the order of `hosts.FLOORS`."""
+        """The hosts this fix needs: those it names, and the ones they are built on."""
         named = {*self.affects, *(re.split(r"[.:]", edit.target, maxsplit=1)[0] for edit in self.edits)}
-        return tuple(name for name in hosts.FLOORS if name in named)
+        known = tuple(hosts.FLOORS)
+        return next((known[:end] for end in range(len(known), 0, -1) if known[end - 1] in named), ())
 
 
 class _Drift(Exception):
@@ -125,8 +126,10 @@ class Patcher:
             settled = {fix for fix, row in before.items() if row.status in (Status.APPLIED, Status.NOT_NEEDED)}
             todo = [fix for fix in self.fixes if fix.id not in settled]
             problems = _problems(todo, disabled)
-            for fix in todo:
-                self._rows[fix.id] = self._commit(fix, _plan(fix, problems, disabled))
+            # All plans before the first commit: a probe must meet the stock host, not the work of an earlier fix.
+            plans = [(fix, _plan(fix, problems, disabled)) for fix in todo]
+            for fix, plan in plans:
+                self._rows[fix.id] = self._commit(fix, plan)
             report = self._report(self._rows)
             if strict and any(row.status is Status.UNSUPPORTED for row in report.rows):
                 self._unwind(mark)

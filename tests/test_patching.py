@@ -1,0 +1,400 @@
+"""The engine, on hosts made for the purpose: small modules, no torch."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+import textwrap
+import threading
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from ptfix import hosts
+from ptfix.patching import Edit, Fix, Patcher, PatchError
+from ptfix.report import Report, Status
+
+SOURCE = """
+    def function(x, *, scale=1):
+        "Host docstring."
+        return x * scale
+
+    class Base:
+        def method(self, x): return ("base", x)
+
+    class Child(Base):
+        size = 3
+        def own(self, x): return ("own", x)
+        @classmethod
+        def make(cls, x): return (cls.__name__, x)
+        @staticmethod
+        def plain(x): return ("plain", x)
+        @property
+        def shape(self): return "shape"
+        async def later(self): return "later"
+        def each(self): yield 1
+"""
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Any:
+    module = ModuleType("fakehost")
+    exec(textwrap.dedent(SOURCE), module.__dict__)
+    monkeypatch.setitem(sys.modules, "fakehost", module)
+    for name in ("PTFIX_DISABLE", "PTFIX_STRICT"):
+        monkeypatch.delenv(name, raising=False)
+    return module
+
+
+def tagged(tag: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A wrap that shows in the result who was called, outermost first."""
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: (tag, original(*args, **kwargs))
+
+    return wrap
+
+
+def fix(
+    *targets: str | Edit,
+    id: str = "one",
+    affects: dict[str, str] | None = None,
+    probe: Callable[[], str | None] = lambda: "broken",
+) -> Fix:
+    edits = tuple(
+        target if isinstance(target, Edit) else Edit(f"fakehost:{target}", tagged(f"<{id}>")) for target in targets
+    )
+    return Fix(id, "why", "https://example.invalid/1", affects or {}, probe, edits, "never")
+
+
+def statuses(report: Report) -> list[Status]:
+    return [row.status for row in report.rows]
+
+
+def test_every_kind_of_function_is_switched_and_given_back(host: Any) -> None:
+    before = {**vars(host)}, {**vars(host.Child)}, {**vars(host.Base)}
+    patcher = Patcher((fix("function", "Child.own", "Child.method", "Child.make", "Child.plain"),))
+    assert statuses(patcher.apply()) == [Status.APPLIED]
+
+    child = host.Child()
+    assert host.function(2, scale=3) == ("<one>", 6)
+    assert child.own(1) == ("<one>", ("own", 1))
+    assert child.method(1) == ("<one>", ("base", 1))
+    assert host.Base().method(1) == ("base", 1), "an inherited method is edited on the subclass alone"
+    assert host.Child.make(1) == child.make(1) == ("<one>", ("Child", 1))
+    assert host.Child.plain(1) == child.plain(1) == ("<one>", ("plain", 1))
+
+    patcher.revert()
+    assert (dict(vars(host)), dict(vars(host.Child)), dict(vars(host.Base))) == before
+    assert all(vars(host.Child)[name] is value for name, value in before[1].items())
+    assert "method" not in vars(host.Child), "what was inherited is inherited again"
+
+
+def test_signature_name_and_docstring_stay_the_originals(host: Any) -> None:
+    original = host.function
+    Patcher((fix("function"),)).apply()
+    assert host.function is not original
+    assert inspect.signature(host.function) == inspect.signature(original)
+    assert (host.function.__name__, host.function.__doc__) == ("function", "Host docstring.")
+
+
+def test_bound_methods_kept_from_before_revert_obey_the_switch(host: Any) -> None:
+    patcher = Patcher((fix("Child.own"),))
+    patcher.apply()
+    kept = host.Child().own  # as PEFT keeps base_model.prepare_inputs_for_generation
+    assert kept(1) == ("<one>", ("own", 1))
+    patcher.revert()
+    assert kept(1) == ("own", 1)
+
+
+def test_apply_twice_is_apply_once_and_revert_undoes_it(host: Any) -> None:
+    patcher = Patcher((fix("function"),))
+    first = patcher.apply()
+    installed = host.function
+    assert patcher.apply() == first == patcher.status()
+    assert host.function is installed
+    patcher.revert()
+    patcher.revert()
+    assert host.function(2) == 2
+    assert statuses(patcher.apply()) == [Status.APPLIED]
+    assert host.function(2) == ("<one>", 2)
+
+
+def test_fixes_of_one_target_stack_in_order_and_unstack(host: Any) -> None:
+    original = host.function
+    patcher = Patcher((fix("function", id="inner"), fix("function", id="outer")))
+    patcher.apply()
+    assert host.function(2) == ("<outer>", ("<inner>", 2))
+    patcher.revert()
+    assert host.function is original
+
+
+def test_a_foreign_wrapper_on_top_stays_and_ours_lets_pass(host: Any) -> None:
+    patcher = Patcher((fix("function"),))
+    patcher.apply()
+    ours = host.function
+    host.function = theirs = lambda x: ("theirs", ours(x))
+    assert host.function(2) == ("theirs", ("<one>", 2))
+    patcher.revert()
+    assert host.function is theirs
+    assert host.function(2) == ("theirs", 2)
+
+
+def test_a_foreign_wrapper_in_between_survives(host: Any) -> None:
+    inner, outer = Patcher((fix("function", id="inner"),)), Patcher((fix("function", id="outer"),))
+    inner.apply()
+    ours = host.function
+    host.function = theirs = lambda x: ("theirs", ours(x))
+    outer.apply()
+    assert host.function(2) == ("<outer>", ("theirs", ("<inner>", 2)))
+    inner.revert()
+    assert host.function(2) == ("<outer>", ("theirs", 2))
+    outer.revert()
+    assert host.function is theirs
+
+
+def test_status_sets_nothing(host: Any) -> None:
+    before = dict(vars(host))
+    patcher = Patcher((fix("function"), fix("Child.own", id="two", probe=lambda: None)))
+    report = patcher.status()
+    assert dict(vars(host)) == before
+    assert statuses(report) == [Status.NOT_APPLIED, Status.NOT_NEEDED]
+    assert "ptfix.apply()" in report.rows[0].reason
+    patcher.apply()
+    assert statuses(patcher.status()) == [Status.APPLIED, Status.NOT_NEEDED]
+    patcher.revert()
+    assert patcher.status() == report
+
+
+def test_healthy_means_untouched(host: Any) -> None:
+    before = dict(vars(host))
+    report = Patcher((fix("function", probe=lambda: None),)).apply()
+    assert (report.rows[0].status, report.rows[0].reason) == (Status.NOT_NEEDED, "probed and found healthy")
+    assert dict(vars(host)) == before
+
+
+def test_a_call_error_is_the_callers_to_see(host: Any) -> None:
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def raising(*args: Any) -> Any:
+            raise ZeroDivisionError
+
+        return raising
+
+    Patcher((fix(Edit("fakehost:function", wrap)),)).apply()
+    with pytest.raises(ZeroDivisionError):
+        host.function(1)
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("gone", "fakehost:gone does not exist in this host"),
+        ("Child.gone", "fakehost:Child.gone does not exist in this host"),
+        ("Gone.method", "fakehost:Gone.method does not exist in this host"),
+        ("Child.shape", "fakehost:Child.shape is a property"),
+        ("Child.size", "fakehost:Child.size is a int"),
+        ("Child", "fakehost:Child is a type"),
+        ("Child.later", "fakehost:Child.later is a coroutine or generator function"),
+        ("Child.each", "fakehost:Child.each is a coroutine or generator function"),
+        (Edit("fakehost:function", tagged(""), parameters=("x", "mask", "scale", "ids")), "no longer takes mask, ids"),
+        (Edit("fakehost.absent:f", tagged("")), "fakehost.absent:f does not exist"),
+    ],
+)
+def test_drift_is_unsupported_and_leaves_every_edit_of_the_fix_undone(
+    host: Any, target: str | Edit, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = dict(vars(host)), dict(vars(host.Child))
+    report = Patcher((fix("function", target), fix("Child.own", id="two"))).apply()
+    assert statuses(report) == [Status.UNSUPPORTED, Status.APPLIED], "one drifted fix does not stop the next"
+    assert reason in report.rows[0].reason
+    assert dict(vars(host)) == before[0]
+    (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "PTFIX_DISABLE=one" in warning.getMessage(), "the warning says what to do"
+
+
+def test_a_property_is_not_evaluated_to_find_it(host: Any) -> None:
+    host.Child.trap = property(lambda self: pytest.fail("the engine called a property"))
+    assert statuses(Patcher((fix("Child.trap"),)).apply()) == [Status.UNSUPPORTED]
+
+
+def test_an_optional_edit_is_skipped_only_where_its_target_is_absent(host: Any) -> None:
+    def optional(target: str, *parameters: str) -> Edit:
+        return Edit(f"fakehost:{target}", tagged("<x>"), parameters, optional=True)
+
+    assert statuses(Patcher((fix("function", optional("Child.gone")),)).apply()) == [Status.APPLIED]
+    assert host.function(1) == ("<one>", 1)
+    drifted = Patcher((fix(optional("Child.own", "mask"), id="drifted"), fix(optional("gone"), id="empty"))).apply()
+    assert statuses(drifted) == [Status.UNSUPPORTED, Status.UNSUPPORTED]
+
+
+def test_failing_midway_rolls_the_whole_fix_back(host: Any) -> None:
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        raise RuntimeError("midway")
+
+    before = dict(vars(host)), dict(vars(host.Child))
+    patcher = Patcher((fix("function", "Child.method", Edit("fakehost:Child.own", wrap)),))
+    report = patcher.apply()
+    assert statuses(report) == [Status.UNSUPPORTED]
+    assert "midway" in report.rows[0].reason
+    assert (dict(vars(host)), dict(vars(host.Child))) == before
+
+
+def test_an_interrupt_midway_rolls_back_and_goes_on(host: Any) -> None:
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        raise KeyboardInterrupt
+
+    before = dict(vars(host))
+    patcher = Patcher((fix("function", Edit("fakehost:Child.own", wrap)),))
+    with pytest.raises(KeyboardInterrupt):
+        patcher.apply()
+    assert dict(vars(host)) == before
+    assert statuses(patcher.status()) == [Status.NOT_APPLIED]
+
+
+def test_a_probe_that_raises_is_unsupported(host: Any) -> None:
+    def probe() -> str | None:
+        raise AttributeError("host moved")
+
+    report = Patcher((fix("function", probe=probe),)).apply()
+    assert statuses(report) == [Status.UNSUPPORTED]
+    assert "AttributeError: host moved" in report.rows[0].reason
+    assert host.function(1) == 1
+
+
+def test_strict_raises_and_leaves_nothing_behind(host: Any) -> None:
+    before = dict(vars(host))
+    patcher = Patcher((fix("function"), fix("gone", id="two")))
+    with pytest.raises(PatchError, match="two needed but not applied: fakehost:gone does not exist"):
+        patcher.apply(strict=True)
+    assert dict(vars(host)) == before
+    assert statuses(patcher.status()) == [Status.NOT_APPLIED, Status.UNSUPPORTED]
+    assert statuses(patcher.apply()) == [Status.APPLIED, Status.UNSUPPORTED]
+    with pytest.raises(PatchError):
+        patcher.apply(strict=True)
+    assert host.function(1) == ("<one>", 1), "strict undoes what its own call had set, not what an earlier one had"
+
+
+def test_disabled(host: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("PTFIX_DISABLE", " one , unheard-of,")
+    patcher = Patcher((fix("function", probe=lambda: pytest.fail("a disabled fix was probed")),))
+    assert statuses(patcher.apply(strict=True)) == [Status.DISABLED]
+    assert host.function(1) == 1
+    assert "unheard-of" in caplog.text
+    patcher = Patcher((fix("function"),))
+    patcher.apply()
+    monkeypatch.delenv("PTFIX_DISABLE")
+    assert statuses(patcher.apply()) == [Status.APPLIED], "enabled again, the next apply() picks it up"
+
+
+def test_one_info_line_per_effect_and_none_for_repeats(host: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="ptfix")
+    patcher = Patcher((fix("function"), fix("Child.own", id="healthy", probe=lambda: None), fix("gone", id="bad")))
+    for _ in range(3):
+        patcher.apply()
+    assert [(record.name, record.levelname) for record in caplog.records] == [("ptfix", "INFO"), ("ptfix", "WARNING")]
+    assert caplog.records[0].getMessage() == "one applied: broken"
+
+
+def test_the_window_is_asked_before_the_probe(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "problem", lambda name: None)
+    monkeypatch.setattr(hosts, "in_window", lambda affects: not affects)
+    never = fix("function", affects={"peft": "<0.1"}, probe=lambda: pytest.fail("probed outside its window"))
+    report = Patcher((never,)).apply()
+    assert statuses(report) == [Status.NOT_NEEDED]
+    assert "outside the affected versions (peft <0.1)" in report.rows[0].reason
+
+
+def test_a_host_that_cannot_be_used_is_told_once_with_the_remedy(
+    host: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = "peft 0.16.0 does not import: ImportError: no HybridCache"
+    asked: list[str] = []
+    monkeypatch.setattr(hosts, "problem", lambda name: asked.append(name) or (broken if name == "peft" else None))
+    fixes = (
+        fix("function", id="one", affects={"peft": ">=0.6"}),
+        fix(Edit("peft.peft_model:PeftModel.forward", tagged("")), id="two", affects={"transformers": ">=4.36"}),
+        fix("Child.own", id="three", affects={"transformers": ">=4.36"}),
+    )
+    monkeypatch.setattr(hosts, "in_window", lambda affects: True)
+    patcher = Patcher(fixes, remedy=lambda: "Install a better pair.")
+    assert statuses(patcher.apply()) == [Status.UNSUPPORTED, Status.UNSUPPORTED, Status.APPLIED]
+    assert asked == ["transformers", "peft"], "each host is tried once, whatever the number of fixes"
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
+        f"one,two needed but not applied: {broken}. Install a better pair."
+    ]
+    with pytest.raises(PatchError, match="Install a better pair"):
+        patcher.apply(strict=True)
+
+
+def test_an_absent_host_needs_no_fix(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "installed", lambda name: None)
+    report = Patcher((fix("function", affects={"peft": "<9"}),)).apply(strict=True)
+    assert (report.rows[0].status, report.rows[0].reason) == (Status.NOT_NEEDED, "peft is not installed")
+
+
+def test_threads_apply_once_and_never_meet_half_a_fix(host: Any) -> None:
+    wraps = []
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        wraps.append(original)
+        return tagged("<one>")(original)
+
+    patcher = Patcher((fix(Edit("fakehost:function", wrap), Edit("fakehost:Child.own", wrap)),))
+    start = threading.Barrier(8)
+    reports: list[Report] = []
+
+    def work() -> None:
+        start.wait()
+        reports.append(patcher.apply())
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wraps) == 2
+    assert len(reports) == 8
+    assert all(report == reports[0] for report in reports)
+    assert host.function(1) == ("<one>", 1)
+
+
+def test_a_probe_may_ask_for_the_status(host: Any) -> None:
+    """A probe builds models, and what it meets on the way may call the door: that must not hang."""
+    asked: list[Report] = []
+
+    def probe() -> str | None:
+        if not asked:
+            asked.append(Report({}, ()))
+            asked.append(patcher.status())
+        return "broken"
+
+    patcher = Patcher((fix("function", probe=probe),))
+    assert statuses(patcher.apply()) == [Status.APPLIED]
+    assert statuses(asked[1]) == [Status.NOT_APPLIED]
+
+
+def test_every_probe_meets_the_stock_host(host: Any) -> None:
+    def probe() -> str | None:
+        return "broken" if host.function(1) == 1 else None
+
+    patcher = Patcher((fix("function"), fix("Child.own", id="two", probe=probe)))
+    planned = patcher.status()
+    assert statuses(planned) == [Status.NOT_APPLIED, Status.NOT_APPLIED]
+    assert statuses(patcher.apply()) == [Status.APPLIED, Status.APPLIED]
+
+
+@pytest.mark.parametrize(
+    ("affects", "target", "needed"),
+    [
+        ({}, "fakehost:f", ()),
+        ({"transformers": ">=5"}, "transformers.cache_utils:f", ("transformers",)),
+        ({}, "transformers:f", ("transformers",)),
+        ({}, "peft.peft_model:f", ("transformers", "peft")),
+        ({"peft": ">=0.6"}, "transformers:f", ("transformers", "peft")),
+    ],
+)
+def test_the_hosts_of_a_fix(affects: dict[str, str], target: str, needed: tuple[str, ...]) -> None:
+    assert fix(Edit(target, tagged("")), affects=affects).hosts == needed
