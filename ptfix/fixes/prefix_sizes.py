@@ -1,0 +1,68 @@
+"""Prefix tuning's keys and values get the shape the model's attention has."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from ptfix.patching import Edit, Fix
+
+_MULTI_QUERY = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "multi_query": True}
+_WIDE_HEADS = {**_MULTI_QUERY, "multi_query": False, "num_key_value_heads": 2, "head_dim": 16}
+
+
+def key_value_shape(config: dict[str, Any]) -> tuple[int, int] | None:
+    """``(key/value heads, head dim)`` by the fields attention modules read, or None where layers differ among themselves."""
+    if config.get("global_head_dim") is not None or config.get("per_layer_config") is not None:
+        return None  # gemma4: peft sizes these layer by layer
+    heads = next((config[name] for name in ("num_attention_heads", "n_head", "n_heads", "num_heads") if config.get(name)), None)
+    hidden = next((config[name] for name in ("hidden_size", "n_embd", "d_model") if config.get(name)), None)
+    if heads is None or hidden is None:
+        return None
+    head_dim = config.get("head_dim") or hidden // heads
+    if config.get("multi_query") and not config.get("new_decoder_architecture"):
+        return 1, head_dim
+    return config.get("num_key_value_heads") or config.get("num_kv_heads") or heads, head_dim
+
+
+def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def prepare(peft_config: Any, model_config: Any) -> Any:
+        sized_by_hand = peft_config.token_dim is not None or peft_config.num_attention_heads is not None
+        fields = model_config.to_dict() if hasattr(model_config, "to_dict") else model_config
+        fields = fields.get("text_config") or fields
+        shape = key_value_shape(fields) if peft_config.peft_type == "PREFIX_TUNING" and not sized_by_hand else None
+        # An encoder's width has always followed the hidden size, whatever the keys and values measure.
+        result = original(peft_config, model_config)
+        if shape is not None:
+            heads, head_dim = shape
+            result.num_attention_heads, result.token_dim = heads, heads * head_dim
+        return result
+
+    return prepare
+
+
+def _probe() -> str | None:
+    from peft import PrefixTuningConfig
+    from peft.utils.other import _prepare_prompt_learning_config as prepare
+
+    for config, heads, token_dim in ((_MULTI_QUERY, 1, 8), (_WIDE_HEADS, 2, 32)):
+        sized = prepare(PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=1), dict(config))
+        if (sized.num_attention_heads, sized.token_dim) != (heads, token_dim):
+            return "a prefix for grouped or multi-query attention gets the wrong shape"
+    return None
+
+
+FIX = Fix(
+    id="prefix-sizes",
+    why="prefix tuning on grouped/multi-query attention or with head_dim != hidden/heads raises a shape mismatch",
+    link="https://github.com/huggingface/peft/pull/1901",
+    affects={},
+    probe=_probe,
+    edits=(
+        Edit("peft.peft_model:_prepare_prompt_learning_config", _wrap, ("peft_config", "model_config")),
+        Edit("peft.mapping:_prepare_prompt_learning_config", _wrap, ("peft_config", "model_config"), optional=True),
+    ),
+    retire_when="peft reads multi_query (0.21.2 does not)",
+)

@@ -1,0 +1,39 @@
+"""generate() with a soft prompt equals the adapter's training forward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from ptfix.patching import Edit, Fix
+
+
+def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+    from ptfix.soft_prompts import generation
+    from ptfix.soft_prompts.adapter import has_soft_prompt
+
+    @functools.wraps(original)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not has_soft_prompt(self):
+            return original(self, *args, **kwargs)
+        return generation.generate(self, *args, **kwargs)
+
+    return generate
+
+
+def _probe() -> str | None:
+    from ptfix.soft_prompts import probes
+
+    return probes.generation_fault()
+
+
+FIX = Fix(
+    id="soft-prompt-generate",
+    why="generate() ignores the soft prompt, raises, or continues another text than the one the adapter was trained on",
+    link="https://github.com/QwenLM/Qwen3/issues/882",
+    affects={},
+    probe=_probe,
+    edits=(Edit("peft.peft_model:PeftModelForCausalLM.generate", _wrap, ("self", "kwargs")),),
+    retire_when="peft translates between real and virtual lengths itself (0.21.2 does not)",
+)

@@ -1,0 +1,85 @@
+"""What ptfix needs to know about a soft prompt: its length, its embeddings or its keys and values.
+
+Prompt-like methods (prompt tuning, p-tuning, multitask prompt tuning, CPT) put embeddings before the text; prefix tuning puts keys and
+values into every layer's KV cache. Both occupy ``num_virtual_tokens`` positions in front of the real tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+KeyValues = list[tuple[torch.Tensor, torch.Tensor]]
+
+#: peft types whose soft prompt lives in the KV cache; every other prompt-learning type has embeddings.
+_PREFIX_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
+
+
+def active_config(peft_model: Any) -> Any:
+    """The PeftConfig of the active adapter (an old peft has no ``active_peft_config``)."""
+    return peft_model.peft_config[peft_model.active_adapter]
+
+
+def has_soft_prompt(peft_model: Any) -> bool:
+    """Is the active adapter a decoder-only prompt-learning one, and switched on?
+
+    disable_adapter() hangs the base model's forward on the PeftModel; that is the one sign all releases of peft share.
+    """
+    base = peft_model.base_model
+    if not active_config(peft_model).is_prompt_learning or getattr(base.config, "is_encoder_decoder", False):
+        return False
+    return vars(peft_model).get("forward") != base.forward
+
+
+@dataclass(frozen=True)
+class SoftPrompt:
+    """The active soft prompt of a PeftModel, read when asked, never stored on a shared object."""
+
+    peft_model: Any
+
+    @property
+    def config(self) -> Any:
+        return active_config(self.peft_model)
+
+    @property
+    def length(self) -> int:
+        """Number of virtual tokens."""
+        return int(self.config.num_virtual_tokens)
+
+    @property
+    def is_prefix(self) -> bool:
+        """Does the prompt consist of keys and values (prefix tuning) rather than embeddings?"""
+        return self.config.peft_type in _PREFIX_TYPES
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Word embeddings ``[batch, tokens, hidden]`` of real tokens, by the module peft trains with."""
+        embeddings: torch.Tensor = self.peft_model.word_embeddings(input_ids)
+        return embeddings
+
+    def embeddings(self, batch_size: int, task_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """The soft prompt ``[batch, virtual tokens, hidden]`` of a prompt-like method, exactly as forward() makes it."""
+        prompt: torch.Tensor = self.peft_model.get_prompt(batch_size=batch_size, task_ids=task_ids)
+        return prompt
+
+    def key_values(self, batch_size: int) -> KeyValues:
+        """The prefix: per layer ``(key, value)``, each ``[batch, kv heads, virtual tokens, head dim]``.
+
+        Made from the prompt encoder's output alone: which cache holds it is the host's affair (see `caches`).
+        """
+        config, peft_model = self.config, self.peft_model
+        encoder = peft_model.prompt_encoder[peft_model.active_adapter]
+        weight = encoder.embedding.weight
+        if config.inference_mode:
+            # A saved adapter holds what the projection put out, not what went in.
+            flat = weight.unsqueeze(0)
+        else:
+            tokens = peft_model.prompt_tokens[peft_model.active_adapter][: self.length]
+            flat = encoder(tokens.unsqueeze(0).to(weight.device))
+        if peft_model.base_model_torch_dtype is not None:
+            flat = flat.to(peft_model.base_model_torch_dtype)
+        heads = config.num_attention_heads
+        flat = flat.view(1, self.length, config.num_layers, 2, heads, config.token_dim // heads)
+        layers = flat.permute(2, 3, 0, 4, 1, 5).expand(-1, -1, batch_size, -1, -1, -1)
+        return [(layer[0], layer[1]) for layer in layers]

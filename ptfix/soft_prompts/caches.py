@@ -1,0 +1,178 @@
+"""KV caches of every transformers release: how long is one, how is it filled, what does a model want to be given.
+
+This is the only room of soft_prompts that knows kinds of caches. "Empty" means length zero, never None, falsy or len() == 0: an empty
+``DynamicCache`` has been each of those in some release (peft#1969, peft#2106, transformers#33703).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ptfix.soft_prompts import views
+from ptfix.soft_prompts.adapter import KeyValues
+
+_legacy_layouts: WeakKeyDictionary[torch.nn.Module, list[tuple[int, ...]] | None] = WeakKeyDictionary()
+
+
+def is_cache(past_key_values: Any) -> bool:
+    """Is it a Cache object, rather than nothing or a legacy tuple?"""
+    return hasattr(past_key_values, "get_seq_length") and hasattr(past_key_values, "update")
+
+
+def length(past_key_values: Any) -> int:
+    """Positions held, virtual tokens included. 0 for None."""
+    if past_key_values is None:
+        return 0
+    if not is_cache(past_key_values):
+        if not len(past_key_values):
+            return 0
+        first = past_key_values[0]
+        # The value, not the key: bloom's legacy key has its positions last.
+        value = first if isinstance(first, torch.Tensor) else first[1]
+        return int(value.shape[-2])
+    keys = getattr(past_key_values, "key_cache", None)
+    if keys and hasattr(past_key_values, "is_sliding") and isinstance(keys[0], torch.Tensor):
+        # HybridCache answers None (4.42-4.44), or for layer 0, whose sliding window saturates. Count what is written in the longest
+        # layer, as StaticCache does for itself.
+        longest = max(keys, key=lambda key: key.shape[-2])
+        return int(longest[0, 0].any(dim=-1).sum())
+    return int(past_key_values.get_seq_length() or 0)
+
+
+def crop(past_key_values: Any, positions: int) -> Any:
+    """The cache with only its first `positions` positions; raises ValueError for a cache that cannot forget."""
+    if past_key_values is None or length(past_key_values) <= positions:
+        return past_key_values
+    if is_cache(past_key_values):
+        if positions == 0 and not hasattr(past_key_values, "crop"):
+            past_key_values.reset()
+        elif hasattr(past_key_values, "crop"):
+            past_key_values.crop(positions)
+        else:
+            raise ValueError(f"a {type(past_key_values).__name__} cannot be cropped; pass a DynamicCache or a shorter cache.")
+        return past_key_values
+    if positions == 0:
+        return None
+    raise ValueError("a legacy tuple of past_key_values longer than the text cannot be continued; pass the full text.")
+
+
+def fill(past_key_values: Any, prefix: KeyValues, base_model: Any) -> Any:
+    """Put a prefix into an empty cache and return what the base model's forward wants.
+
+    An object given by generate() or the user is filled in place; None becomes the kind of cache this model reads.
+    """
+    if not is_cache(past_key_values):
+        layout = legacy_layout(base_model)
+        if layout is not None:
+            return _legacy(prefix, layout)
+        past_key_values = new(base_model)
+    positions = torch.arange(prefix[0][0].shape[-2], device=prefix[0][0].device)
+    is_sliding = getattr(past_key_values, "is_sliding", None)
+    layers = getattr(past_key_values, "layers", None) or []
+    for index, (key, value) in enumerate(prefix):
+        if index < len(layers) and not hasattr(layers[index], "get_mask_sizes"):
+            continue  # a recurrent layer keeps a state, not positions: there is no prefix to give it
+        sliding = is_sliding is not None and index < len(is_sliding) and bool(is_sliding[index])
+        options = {
+            "cache_position": positions,
+            "sliding_window": getattr(text_config(base_model), "sliding_window", None) if sliding else None,
+        }
+        past_key_values.update(key, value, index, options)
+    return past_key_values
+
+
+def new(base_model: Any) -> Any:
+    """An empty cache that grows, laid out for this model where the release knows layouts (4.56)."""
+    from transformers import DynamicCache
+
+    if "config" in inspect.signature(DynamicCache.__init__).parameters:
+        return DynamicCache(config=text_config(base_model))
+    return DynamicCache()
+
+
+def text_config(base_model: Any) -> Any:
+    """The decoder's own config, also inside a multimodal one."""
+    config = base_model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else getattr(config, "text_config", config)
+
+
+def legacy_layout(base_model: Any) -> list[tuple[int, ...]] | None:
+    """The shapes in which an old architecture keeps a layer's ``past_key_values``, or None for one that reads Cache objects.
+
+    Up to 4.53 the class says whether it does; what its tuples look like, one dummy forward shows.
+    """
+    if getattr(base_model, "_supports_cache_class", True):
+        return None
+    if base_model not in _legacy_layouts:
+        _legacy_layouts[base_model] = _probe_legacy_layout(base_model)
+    return _legacy_layouts[base_model]
+
+
+def told_its_size(past_key_values: Any, positions: int, base_model: Any) -> Any:
+    """gemma2 on 4.42 reads Cache objects without saying so, and asks any for its full length."""
+    if is_cache(past_key_values) and not getattr(base_model, "_supports_cache_class", True):
+        past_key_values.get_max_length = lambda: positions
+    return past_key_values
+
+
+def replayable(past_key_values: Any) -> Any:
+    """A cache whose update() answers as ever but stores nothing, so that a checkpointed layer can be run twice."""
+    if not is_cache(past_key_values):
+        return past_key_values  # a legacy tuple never changes
+    view = copy.copy(past_key_values)
+    view.__class__ = _replayable_class(type(past_key_values))
+    return view
+
+
+def _replayable_class(kind: type) -> type:
+    def update(self: Any, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        fresh = copy.copy(self)
+        fresh.__class__ = kind
+        for name in ("layers", "key_cache", "value_cache"):
+            if isinstance(getattr(self, name, None), list):
+                held = list(getattr(self, name))
+                if name == "layers":
+                    held[layer_idx] = copy.copy(held[layer_idx])
+                fresh.__dict__[name] = held
+        return fresh.update(key, value, layer_idx, *args, **kwargs)
+
+    return type(f"Replayable{kind.__name__}", (kind,), {"update": update})
+
+
+def _legacy(prefix: KeyValues, layout: list[tuple[int, ...]]) -> Any:
+    batch, heads, tokens, dim = prefix[0][0].shape
+    if len(layout) == 1:  # one tensor [batch, tokens, 2 * head dim]: multi-query attention keeps key and value together
+        return tuple(torch.cat((key[:, 0], value[:, 0]), dim=-1) for key, value in prefix)
+    ranks = [len(shape) for shape in layout]
+    if ranks == [4, 4]:
+        return tuple(prefix)
+    if ranks == [3, 3] and layout[0][-1] == _PROBE_TOKENS:  # bloom: keys [batch * heads, dim, tokens]
+        return tuple(
+            (key.transpose(2, 3).reshape(batch * heads, dim, tokens), value.reshape(batch * heads, tokens, dim))
+            for key, value in prefix
+        )
+    if ranks == [3, 3]:  # falcon: [batch * heads, tokens, dim]
+        return tuple(
+            (key.reshape(batch * heads, tokens, dim), value.reshape(batch * heads, tokens, dim)) for key, value in prefix
+        )
+    raise NotImplementedError(f"past_key_values in an unknown layout {layout}: prefix tuning cannot fill them.")
+
+
+_PROBE_TOKENS = 3
+
+
+def _probe_legacy_layout(base_model: Any) -> list[tuple[int, ...]] | None:
+    device = base_model.get_input_embeddings().weight.device
+    # In a view, since a training model with checkpointing returns no cache.
+    view = views.tree(base_model, lambda twin, module: twin.__dict__.update(training=False))
+    with torch.no_grad():
+        output = view(input_ids=torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=device), use_cache=True)
+    if output.past_key_values is None or is_cache(output.past_key_values):
+        return None
+    first = output.past_key_values[0]
+    return [tuple(first.shape)] if isinstance(first, torch.Tensor) else [tuple(part.shape) for part in first]

@@ -1,0 +1,219 @@
+"""Generate with a soft prompt exactly as it was trained: one conversion of coordinates.
+
+``generate()`` counts real tokens. The model counts virtual + real tokens. Every upstream fault in this field is a place where one number
+stood for the other. Here the base model is seen through a shallow view that shares all weights; its ``prepare_inputs_for_generation``
+takes real coordinates from generate(), hands virtual ones to the base model's own method (which knows the architecture's masks,
+positions and cache), and lays the soft prompt where its placeholder tokens stood. How much is left to feed follows from the length of
+the cache alone, so prefill, decoding, a rolled-back draft and a second turn are one case. Nothing shared is ever changed: threads and
+interrupts need no clean-up.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ptfix.soft_prompts import caches, views
+from ptfix.soft_prompts.adapter import SoftPrompt
+
+def generate(peft_model: Any, *args: Any, **kwargs: Any) -> Any:
+    """What ``peft_model.generate(*args, **kwargs)`` should return; same arguments, errors and return values as the host's."""
+    mask = kwargs.get("attention_mask")
+    turn = _Turn(
+        prompt=SoftPrompt(peft_model),
+        base=peft_model.base_model,
+        task_ids=kwargs.pop("task_ids", None),
+        mask_length=None if mask is None else mask.shape[-1],
+        user_positions=kwargs.get("position_ids") is not None,
+    )
+    return _view(peft_model, turn).generate(*args, **kwargs)
+
+
+def _view(peft_model: Any, turn: _Turn) -> Any:
+    """A private view of the base model for one generate() call: its own attributes, the same weights."""
+    twin = views.shallow(peft_model.base_model, generation_config=peft_model.generation_config, _ptfix_turn=turn)
+    twin.__class__ = _view_class(type(twin))
+    # Attributes of the base that stand for one call of its own: peft hangs a bound method on it (and, interrupted, leaves it there),
+    # the host keeps its last static cache.
+    for name in ("prepare_inputs_for_generation", "_cache"):
+        twin.__dict__.pop(name, None)
+        twin._modules.pop(name, None)
+    return twin
+
+
+@lru_cache(maxsize=None)
+def _view_class(base_class: type) -> type:
+    # The host looks at names (is it mamba? is it remote code?), so the view keeps its base's.
+    return type(base_class.__name__, (_SoftPromptView, base_class), {"__module__": base_class.__module__, "__doc__": base_class.__doc__})
+
+
+@dataclass
+class _Turn:
+    """What one generate() call knows beyond what generate() hands on."""
+
+    prompt: SoftPrompt
+    base: Any
+    task_ids: torch.Tensor | None  #: ``[batch]``, for multitask prompt tuning
+    mask_length: int | None  #: of the user's mask, which 5.18 drops where it is all ones
+    user_positions: bool  #: position_ids are the user's, not generate()'s own count
+    chunk: int | None = None  #: prefill at most so many tokens at once
+    hidden: int | None = None  #: real tokens that stand only in the cache, not in the ids
+
+    def real_tokens(self, given: int, cached: int) -> int:
+        """How long the real text is, when generate() holds `given` tokens of it and the cache `cached` positions.
+
+        A second turn may pass the whole text or only what is new; the mask tells, else the lengths do.
+        """
+        if self.hidden is None:
+            self.hidden = 0
+            behind = cached - self.prompt.length
+            if behind > 0:
+                if self.mask_length is not None and self.mask_length >= given:
+                    self.hidden = self.mask_length - given
+                elif given <= behind:
+                    self.hidden = behind
+        return self.hidden + given
+
+
+class _SoftPromptView:
+    """Mixed in front of the base model's class."""
+
+    _ptfix_turn: _Turn
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Translate one step. `input_ids [batch, real tokens]`; `inputs_embeds` are the user's own, before them."""
+        turn = self._ptfix_turn
+        prompt, given = turn.prompt, input_ids.shape[1] + (0 if inputs_embeds is None else inputs_embeds.shape[1])
+        if attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2):
+            raise ValueError("a soft prompt needs a 2D attention_mask [batch, tokens]; build 4D masks from it, not before it.")
+        if not kwargs.get("use_cache", True):
+            # Up to 4.44 generate() hands out a cache here all the same.
+            past_key_values = None
+        cached = caches.length(past_key_values)
+        stop = prompt.length + turn.real_tokens(given, cached)
+        start = min(cached, stop - 1)  # a text that is wholly cached still needs its last logits
+        if prompt.is_prefix and start < prompt.length:
+            start = 0
+        past_key_values = caches.crop(past_key_values, start)
+        if prompt.is_prefix and start == 0:
+            past_key_values = caches.fill(past_key_values, prompt.key_values(len(input_ids)), turn.base)
+            start = prompt.length
+            if not kwargs.get("use_cache", True):
+                kwargs["use_cache"] = True  # else some models do not read the cache; this one is thrown away after the step
+
+        text = _Text(self, input_ids, inputs_embeds, attention_mask, stop)
+        if turn.chunk is not None and past_key_values is not None:
+            while stop - start > turn.chunk:
+                self(**text.inputs(start, start + turn.chunk, past_key_values, kwargs), return_dict=True)  # type: ignore[operator]
+                start += turn.chunk
+        return text.inputs(start, stop, past_key_values, kwargs)
+
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
+        # Chunked prefill is done in prepare_inputs_for_generation, where a chunk is counted in the model's coordinates.
+        config, *rest = super()._prepare_generation_config(*args, **kwargs)  # type: ignore[misc]
+        if getattr(config, "prefill_chunk_size", None) is not None:
+            self._ptfix_turn.chunk = config.prefill_chunk_size
+            config.prefill_chunk_size = None
+        return (config, *rest)
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        # The view lives for one call, the compiled graph must not.
+        return self._ptfix_turn.base.get_compiled_call(compile_config)
+
+    def _get_initial_cache_position(self, *args: Any) -> Any:  # transformers < 5.4
+        # The host subtracts the cache's length, in which the soft prompt is counted, from the text's, in which it is not.
+        *others, model_kwargs = args
+        fresh = {name: value for name, value in model_kwargs.items() if name != "past_key_values"}
+        counted = super()._get_initial_cache_position(*others, fresh)  # type: ignore[misc]
+        model_kwargs["cache_position"] = counted["cache_position"]
+        return model_kwargs
+
+    def _more_room(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Call the host's maker of fixed-size caches, which sizes them for real tokens only."""
+        maker = getattr(super(), name)
+        bound = inspect.signature(maker).bind(*args, **kwargs)
+        bound.arguments["max_cache_len"] += self._ptfix_turn.prompt.length
+        return maker(*bound.args, **bound.kwargs)
+
+    def _get_cache(self, *args: Any, **kwargs: Any) -> Any:  # transformers < 5.0
+        return self._more_room("_get_cache", *args, **kwargs)
+
+    def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Any:  # transformers >= 5.0
+        return self._more_room("_prepare_static_cache", *args, **kwargs)
+
+
+class _Text:
+    """One step's text in virtual coordinates: ``[soft prompt | user's embeddings | tokens]``, any span of which can be fed."""
+
+    def __init__(
+        self,
+        owner: Any,
+        input_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        length: int,
+    ) -> None:
+        self.owner, self.turn, self.prompt = owner, owner._ptfix_turn, owner._ptfix_turn.prompt
+        self.input_ids, self.inputs_embeds = input_ids, inputs_embeds
+        batch = len(input_ids)
+        self.placeholders = input_ids.new_zeros(batch, length - input_ids.shape[1])
+        self.attention_mask = None
+        if attention_mask is not None:
+            ones = attention_mask.new_ones(batch, self.prompt.length)
+            self.attention_mask = torch.cat((ones, attention_mask), dim=1)
+
+    def inputs(self, start: int, stop: int, past_key_values: Any, options: dict[str, Any]) -> dict[str, Any]:
+        """Model inputs for positions `start` to `stop`, by the base model's own rules."""
+        virtual_ids = torch.cat((self.placeholders, self.input_ids), dim=1)[:, :stop]
+        mask = None if self.attention_mask is None else self.attention_mask[:, :stop]
+        options = {name: value for name, value in options.items() if name != "token_type_ids"}  # as the training forward
+        if options.get("position_ids") is not None:
+            options["position_ids"] = self._positions(options["position_ids"])[..., start:stop]
+        if options.get("cache_position") is not None:
+            options["cache_position"] = torch.arange(start, stop, device=virtual_ids.device)
+        if "next_sequence_length" in options:
+            options["next_sequence_length"] = stop - start
+        prepare = super(_SoftPromptView, self.owner).prepare_inputs_for_generation
+        inputs: dict[str, Any] = prepare(virtual_ids, past_key_values=past_key_values, attention_mask=mask, **options)
+        inputs.pop("token_type_ids", None)
+        if start < self.placeholders.shape[1]:
+            inputs["inputs_embeds"], inputs["input_ids"] = self._embeddings(start, stop), None
+        elif inputs["input_ids"].shape[1] != stop - start:
+            inputs["input_ids"] = virtual_ids[:, start:]
+        return inputs
+
+    def _embeddings(self, start: int, stop: int) -> torch.Tensor:
+        parts = [] if self.inputs_embeds is None else [self.inputs_embeds]
+        if self.input_ids.shape[1]:
+            parts.append(self.prompt.embed(self.input_ids))
+        dtype = parts[0].dtype
+        if not self.prompt.is_prefix:
+            rows, task_ids = len(self.input_ids), self.turn.task_ids
+            if task_ids is not None:
+                task_ids = task_ids.repeat_interleave(rows // len(task_ids))  # as generate() expands for beams
+            parts.insert(0, self.prompt.embeddings(rows, task_ids).to(dtype))
+        embeddings = torch.cat([part.to(dtype) for part in parts], dim=1)
+        first = self.placeholders.shape[1] + self.input_ids.shape[1] - embeddings.shape[1]
+        return embeddings[:, start - first : stop - first]
+
+    def _positions(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Virtual positions of the whole text. Those of the user, and multi-axis ones, are shifted; others follow from the mask."""
+        length = self.placeholders.shape[1] + self.input_ids.shape[1]
+        if self.turn.user_positions or position_ids.dim() > 2:
+            shape = (*position_ids.shape[:-1], length - position_ids.shape[-1])
+            front = torch.arange(shape[-1], device=position_ids.device).expand(shape)
+            return torch.cat((front, position_ids + self.prompt.length), dim=-1)
+        if self.attention_mask is None:
+            return torch.arange(length, device=position_ids.device).unsqueeze(0)
+        return (self.attention_mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -1,0 +1,146 @@
+"""Is the installed pair wrong? Asked of the hosts themselves, on a model of a few hundred weights, in milliseconds.
+
+A release nobody has seen is judged by what it does, not by its number. Each probe returns how the host is wrong, or None.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ptfix.soft_prompts import reference
+
+_VIRTUAL_TOKENS = 2
+
+
+def generation_fault() -> str | None:
+    """Does generate() of a prompt-tuned model differ from its training forward, in any of the modes that have ever been wrong?"""
+    from peft import PromptTuningConfig
+
+    with _aside():
+        model = _tiny(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=_VIRTUAL_TOKENS))
+        ids = torch.tensor([[3, 4, 5, 6]])
+        padded = {"input_ids": torch.tensor([[0, 4, 5, 6], [3, 4, 5, 6]]), "attention_mask": torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])}
+        return (
+            _differs("a left-padded batch", lambda: model.generate(**padded, **_TWO)[0, 4:], _truth(model, ids[:, 1:], 2))
+            or _differs("greedy decoding", lambda: model.generate(input_ids=ids, **_TWO)[0, 4:], _truth(model, ids, 2))
+            or _differs("a second turn", lambda: _second_turn(model, ids), _second_truth(model, ids))
+            or _differs("a static cache", lambda: model.generate(input_ids=ids, cache_implementation="static", **_TWO)[0, 4:], _truth(model, ids, 2))
+        )
+
+
+def left_padding_fault() -> str | None:
+    """Does forward() move a left-padded text away from its soft prompt?"""
+    from peft import PromptTuningConfig
+
+    with _aside():
+        model = _tiny(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=_VIRTUAL_TOKENS))
+        ids, mask = torch.tensor([[0, 0, 5, 6]]), torch.tensor([[0, 0, 1, 1]])
+        with torch.no_grad():
+            padded = model(input_ids=ids, attention_mask=mask).logits[0, -1]
+        alone = reference.last_logits(model, ids[:, 2:])[0]
+    return None if torch.allclose(padded, alone, atol=1e-4) else "padding on the left changes the positions of the text"
+
+
+def prefix_forward_fault() -> str | None:
+    """Does prefix tuning train as it should, with gradient checkpointing switched on after wrapping?"""
+    from peft import PrefixTuningConfig
+
+    with _aside():
+        gradients = []
+        for checkpointing in (False, True):
+            config = PrefixTuningConfig(
+                task_type="CAUSAL_LM", num_virtual_tokens=_VIRTUAL_TOKENS, num_layers=1, num_attention_heads=2, token_dim=8
+            )
+            try:
+                model = _tiny(config).train()
+                if checkpointing:
+                    model.get_base_model().gradient_checkpointing_enable()
+                    model.get_base_model().enable_input_require_grads()
+                ids = torch.tensor([[3, 4, 5, 6]])
+                model(input_ids=ids, labels=ids).loss.backward()
+            except Exception as error:
+                how = " with gradient checkpointing" if checkpointing else ""
+                return f"the training forward{how} raises {type(error).__name__}"
+            gradients.append(next(model.prompt_encoder.parameters()).grad)
+    plain, checkpointed = gradients
+    if checkpointed is None or not torch.allclose(plain, checkpointed, atol=1e-5):
+        return "with gradient checkpointing the prefix is not trained"
+    return None
+
+
+_TWO = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+
+
+def _tiny(config: Any) -> Any:
+    from peft import get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=16,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+            bos_token_id=1,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    )
+    wrapped = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return wrapped.eval()
+
+
+def _truth(model: Any, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    return reference.greedy(model, ids, new_tokens)[0][0, ids.shape[1] :]
+
+
+def _second_turn(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    first = model.generate(input_ids=ids, return_dict_in_generate=True, **_TWO)
+    again = torch.cat((first.sequences, ids), 1)
+    out: torch.Tensor = model.generate(
+        input_ids=again, attention_mask=torch.ones_like(again), past_key_values=first.past_key_values, **_TWO
+    )
+    return out[0, again.shape[1] :]
+
+
+def _second_truth(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    first, _ = reference.greedy(model, ids, 2)
+    return _truth(model, torch.cat((first, ids), 1), 2)
+
+
+def _differs(what: str, run: Callable[[], torch.Tensor], truth: torch.Tensor) -> str | None:
+    try:
+        same = torch.equal(run(), truth)
+    except Exception as error:
+        return f"{what} raises {type(error).__name__}"
+    return None if same else f"{what} generates other tokens than the training forward"
+
+
+@contextmanager
+def _aside() -> Iterator[None]:
+    """Leave the user's random state, warnings and log as they were."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loggers = [logging.getLogger(name) for name in ("transformers", "peft")]
+        levels = [logger.level for logger in loggers]
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.CRITICAL)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

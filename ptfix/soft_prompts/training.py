@@ -1,0 +1,110 @@
+"""The training forward of a soft prompt: what the base model is given on the way.
+
+peft's own ``forward`` builds the inputs; these functions run it on a shallow view of the PeftModel whose base model passes through us.
+So labels, losses and methods nobody listed stay peft's business, and nothing shared is changed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from ptfix.soft_prompts import caches, views
+
+#: Takes the base model and the keyword arguments peft calls it with, returns what is to be called instead.
+Change = Callable[[Any, dict[str, Any]], tuple[Any, dict[str, Any]]]
+
+
+def with_base_call(peft_model: Any, change: Change) -> Any:
+    """A view of `peft_model` whose forward calls ``change(base model, arguments)`` where it called the base model.
+
+    Views stack: each change sees what the one before it made.
+    """
+    base = peft_model.base_model
+    changes = [*base.__dict__.get("_ptfix_changes", ()), change]
+    real = origin(base)
+
+    def forward(**kwargs: Any) -> Any:
+        module = real
+        for each in changes:
+            module, kwargs = each(module, kwargs)
+        return module.forward(**kwargs)
+
+    view = views.shallow(peft_model)
+    view._modules["base_model"] = views.shallow(base, forward=forward, _ptfix_changes=changes, _ptfix_origin=real)
+    return view
+
+
+def origin(base: Any) -> Any:
+    """The base model itself, of itself or of a view."""
+    return base.__dict__.get("_ptfix_origin", base)
+
+
+def positions_from_mask(base: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Count positions by the mask, so that padding on the left does not move the text away from its soft prompt (peft#1093)."""
+    mask = kwargs.get("attention_mask")
+    if (
+        isinstance(mask, torch.Tensor)
+        and mask.dim() == 2
+        and kwargs.get("position_ids") is None
+        and "position_ids" in inspect.signature(base.forward).parameters
+    ):
+        kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -_fed(kwargs).shape[1] :]
+    return base, kwargs
+
+
+def prefix_is_read(base: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Let every layer see the prefix: with ``use_cache=False`` some models skip it, with gradient checkpointing all do (peft#869)."""
+    if kwargs.get("attention_mask") is None:
+        # Without a mask gemma2 and gemma3 (4.44-4.53) take the new tokens for the whole text.
+        fed = _fed(kwargs)
+        kwargs["attention_mask"] = fed.new_ones(
+            (fed.shape[0], fed.shape[1] + caches.length(kwargs["past_key_values"])), dtype=torch.long
+        )
+    kwargs["past_key_values"] = caches.told_its_size(kwargs["past_key_values"], kwargs["attention_mask"].shape[1], base)
+    kwargs["use_cache"] = True  # how the prefix comes in; what is added to the cache goes with the outputs
+    if base.training and any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+        kwargs["past_key_values"] = caches.replayable(kwargs["past_key_values"])
+        base = _checkpointed(base, _decoder_layers(base))
+    return base, kwargs
+
+
+def _fed(kwargs: dict[str, Any]) -> torch.Tensor:
+    """What the base model reads: ``[batch, tokens]`` or ``[batch, tokens, hidden]``."""
+    fed: torch.Tensor = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    return fed
+
+
+def _checkpointed(base: Any, layers: torch.nn.ModuleList) -> Any:
+    """A view of the base model with the host's checkpointing off and ours around each decoder layer.
+
+    The host keeps the cache from a checkpointed layer, since running the layer again would append to it again. With a replayable
+    cache it may stay.
+    """
+
+    def edit(view: Any, module: torch.nn.Module) -> None:
+        if getattr(module, "gradient_checkpointing", False):
+            view.__dict__["gradient_checkpointing"] = False
+        if module is layers:
+            for layer in view:
+                layer.__dict__["forward"] = partial(_run_twice, layer.forward)
+
+    return views.tree(base, edit)
+
+
+def _run_twice(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # Not reentrant: the prefix reaches the layer through the cache, where a reentrant checkpoint sees no gradient.
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def _decoder_layers(base: Any) -> torch.nn.ModuleList:
+    depth = getattr(caches.text_config(base), "num_hidden_layers", None)
+    for module in base.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
+            return module
+    return torch.nn.ModuleList()  # nothing to checkpoint: right gradients, at the price of memory

@@ -1,0 +1,31 @@
+"""Shallow views of modules: the same weights and children, attributes of their own.
+
+Whatever is set on a view, nobody else sees it: there is nothing to restore after an exception, and no other thread to disturb.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def shallow(module: Any, **attributes: Any) -> Any:
+    """A view of one module. Its children are the module's own."""
+    view = copy.copy(module)
+    for name in ("_modules", "_parameters", "_buffers"):  # else a module assigned to the view (a cache is one in 4.44) lands on both
+        view.__dict__[name] = copy.copy(module.__dict__[name])
+    view.__dict__.update(attributes)
+    return view
+
+
+def tree(module: Any, edit: Callable[[Any, torch.nn.Module], None]) -> Any:
+    """A view of a module and of all below it; ``edit(view, module)`` sets each view's attributes."""
+    view = shallow(module)
+    for name, child in module._modules.items():
+        if child is not None:
+            view._modules[name] = tree(child, edit)
+    edit(view, module)
+    return view
