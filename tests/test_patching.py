@@ -332,7 +332,7 @@ def test_a_host_that_cannot_be_used_is_told_once_with_the_remedy(
 def test_an_absent_host_needs_no_fix(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts, "installed", lambda name: None)
     report = Patcher((fix("function", affects={"peft": "<9"}),)).apply(strict=True)
-    assert (report.rows[0].status, report.rows[0].reason) == (Status.NOT_NEEDED, "peft is not installed")
+    assert (report.rows[0].status, report.rows[0].reason) == (Status.NOT_NEEDED, "transformers is not installed")
 
 
 def test_threads_apply_once_and_never_meet_half_a_fix(host: Any) -> None:
