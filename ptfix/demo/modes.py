@@ -1,0 +1,168 @@
+"""A handful of ways to ask an adapter, each compared with the truth: its own training forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ptfix.demo import training
+from ptfix.soft_prompts import reference
+
+NEW_TOKENS = 32
+QUESTIONS = ("What is the capital of Italy?", "Why is the sky blue, and why is it red at sunset?")
+FOLLOW_UP = "And of Greece?"
+
+#: (row asked [1, tokens], the answer's ids) for each question of a mode
+Answers = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass
+class Talk:
+    """What is asked, and the two answers to compare with, each made once."""
+
+    tokenizer: Any
+    base: Any
+    adapter: Any
+    _truths: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+    _plain: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+
+    def question(self, number: int) -> torch.Tensor:
+        """Ids ``[1, tokens]`` of a question."""
+        return torch.tensor([training.ask(self.tokenizer, QUESTIONS[number])])
+
+    def follow_up(self, first_turn: torch.Tensor) -> torch.Tensor:
+        """A turn and its answer ``[1, tokens]`` with the next question after them."""
+        text = f"\n<|im_start|>user\n{FOLLOW_UP}<|im_end|>\n<|im_start|>assistant\n"
+        return torch.cat((first_turn, torch.tensor([self.tokenizer(text)["input_ids"]])), dim=1)
+
+    def rows(self) -> Iterator[torch.Tensor]:
+        """Every row that is asked in some mode; the last is a chat of two turns."""
+        first = self.question(0)
+        yield from (first, self.question(1))
+        yield self.follow_up(torch.cat((first, self.truth(first)[None]), dim=1))
+
+    def truth(self, row: torch.Tensor) -> torch.Tensor:
+        """The answer's ids by the adapter's training forward."""
+        key = tuple(row[0].tolist())
+        if key not in self._truths:
+            ids = row
+            for _ in range(NEW_TOKENS):
+                ids, _ = reference.greedy(self.adapter, ids, 1)
+                if ids[0, -1] == self.tokenizer.eos_token_id:
+                    break
+            self._truths[key] = ids[0, row.shape[1] :]
+        return self._truths[key]
+
+    def plain(self, row: torch.Tensor) -> torch.Tensor:
+        """The answer's ids by the base model, which knows of no soft prompt."""
+        key = tuple(row[0].tolist())
+        if key not in self._plain:
+            self._plain[key] = self.answer(self.generate(self.base, row)[0], row)
+        return self._plain[key]
+
+    def text(self, ids: torch.Tensor) -> str:
+        """An answer as a person reads it."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def generate(self, model: Any, ids: torch.Tensor, **options: Any) -> Any:
+        """Greedy generate()."""
+        options = {"attention_mask": torch.ones_like(ids), "pad_token_id": self.tokenizer.pad_token_id, **options}
+        return model.generate(input_ids=ids, max_new_tokens=NEW_TOKENS, do_sample=False, **options)
+
+    def answer(self, sequence: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+        """What stands after the question ``[tokens]``, up to the end of the turn."""
+        ids = sequence[asked.shape[-1] :]
+        ends = (ids == self.tokenizer.eos_token_id).nonzero()
+        return ids[: int(ends[0]) + 1] if len(ends) else ids
+
+
+def _one_question(model: Any, talk: Talk, **options: Any) -> Answers:
+    row = talk.question(0)
+    return [(row, talk.answer(talk.generate(model, row, **options)[0], row))]
+
+
+def _no_cache(model: Any, talk: Talk) -> Answers:
+    return _one_question(model, talk, use_cache=False)
+
+
+def _static_cache(model: Any, talk: Talk) -> Answers:
+    return _one_question(model, talk, cache_implementation="static")
+
+
+def _left_padded(model: Any, talk: Talk) -> Answers:
+    rows = [talk.question(number) for number in range(len(QUESTIONS))]
+    batch = talk.tokenizer.pad({"input_ids": [row[0].tolist() for row in rows]}, return_tensors="pt")
+    out = talk.generate(model, batch["input_ids"], attention_mask=batch["attention_mask"])
+    return [(row, talk.answer(sequence, batch["input_ids"])) for row, sequence in zip(rows, out, strict=True)]
+
+
+def _second_turn(model: Any, talk: Talk) -> Answers:
+    row = talk.question(0)
+    first = talk.generate(model, row, return_dict_in_generate=True)
+    if first.past_key_values is None:
+        raise NotImplementedError("this transformers returns no cache")
+    next_row = talk.follow_up(first.sequences)
+    out = talk.generate(model, next_row, past_key_values=first.past_key_values)
+    return [(row, talk.answer(first.sequences[0], row)), (next_row, talk.answer(out[0], next_row))]
+
+
+def _long_chat(model: Any, talk: Talk, **options: Any) -> Answers:
+    *_, row = talk.rows()
+    return [(row, talk.answer(talk.generate(model, row, **options)[0], row))]
+
+
+def _prompt_lookup(model: Any, talk: Talk) -> Answers:
+    return _long_chat(model, talk, prompt_lookup_num_tokens=4)
+
+
+def _chunked_prefill(model: Any, talk: Talk) -> Answers:
+    return _long_chat(model, talk, prefill_chunk_size=16)
+
+
+MODES: dict[str, Callable[[Any, Talk], Answers]] = {
+    "one question": _one_question,
+    "two questions, left-padded": _left_padded,
+    "second turn, returned cache": _second_turn,
+    "use_cache=False": _no_cache,
+    "static cache": _static_cache,
+    "prompt lookup decoding": _prompt_lookup,
+    "chunked prefill": _chunked_prefill,
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one mode went: ``exact``, ``WRONG, silently``, ``raises ...``, and what was said."""
+
+    verdict: str
+    answers: Answers = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def exact(self) -> bool:
+        return self.verdict == "exact"
+
+
+def ask(mode: str, model: Any, talk: Talk) -> Outcome:
+    """Ask `model` in one mode and judge every token."""
+    try:
+        answers = MODES[mode](model, talk)
+    except Exception as error:  # whatever the host raises is the outcome
+        return Outcome(f"raises {type(error).__name__}", error=str(error))
+    wrong = [(row, ids) for row, ids in answers if not torch.equal(ids, talk.truth(row))]
+    if not wrong:
+        return Outcome("exact", answers)
+    ignored = all(torch.equal(ids, talk.plain(row)) for row, ids in wrong)
+    return Outcome("WRONG, silently" + (" (as without adapter)" if ignored else ""), answers)
+
+
+def host_can(mode: str, talk: Talk) -> bool:
+    """Can this transformers do the mode at all, on the bare model?"""
+    try:
+        MODES[mode](talk.base, talk)
+    except Exception:
+        return False
+    return True
