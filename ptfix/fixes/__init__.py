@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from ptfix.fixes import left_padded_forward, prefix_forward, prefix_sizes, soft_prompt_generate, trainer_tokenizer
 from ptfix.patching import Fix
 
-ALL: tuple[Fix, ...] = ()
+ALL: tuple[Fix, ...] = (
+    prefix_sizes.FIX,
+    prefix_forward.FIX,
+    left_padded_forward.FIX,
+    soft_prompt_generate.FIX,
+    trainer_tokenizer.FIX,
+)

@@ -61,22 +61,21 @@ class _Turn:
     mask_length: int | None  #: of the user's mask, which 5.18 drops where it is all ones
     user_positions: bool  #: position_ids are the user's, not generate()'s own count
     chunk: int | None = None  #: prefill at most so many tokens at once
-    hidden: int | None = None  #: real tokens that stand only in the cache, not in the ids
+    hidden: int | None = None  #: real tokens that are not in the ids; None before the first step
 
-    def real_tokens(self, given: int, cached: int) -> int:
-        """How long the real text is, when generate() holds `given` tokens of it and the cache `cached` positions.
+    def begin(self, given: int, cached: int, embedded: bool, mask_length: int | None) -> None:
+        """At the first step: which real tokens stand only in the cache, or (negative) in the ids without having been read.
 
-        A second turn may pass the whole text or only what is new; the mask tells, else the lengths do.
+        A second turn may pass the whole text or only what is new; the mask tells, else the lengths do. Up to 4.38 generate() starts
+        the ids of ``inputs_embeds`` with a bos token that the model never sees.
         """
-        if self.hidden is None:
-            self.hidden = 0
-            behind = cached - self.prompt.length
-            if behind > 0:
-                if self.mask_length is not None and self.mask_length >= given:
-                    self.hidden = self.mask_length - given
-                elif given <= behind:
-                    self.hidden = behind
-        return self.hidden + given
+        self.hidden = 0
+        behind = cached - self.prompt.length
+        mask_length = self.mask_length if mask_length is None else mask_length
+        if mask_length is not None and (behind > 0 or (embedded and mask_length < given)):
+            self.hidden = mask_length - given
+        elif behind >= given:
+            self.hidden = behind
 
 
 class _SoftPromptView:
@@ -101,7 +100,12 @@ class _SoftPromptView:
             # Up to 4.44 generate() hands out a cache here all the same.
             past_key_values = None
         cached = caches.length(past_key_values)
-        stop = prompt.length + turn.real_tokens(given, cached)
+        if turn.hidden is None:
+            mask_length = None if attention_mask is None else attention_mask.shape[1]
+            turn.begin(given, cached, inputs_embeds is not None, mask_length)
+        hidden = turn.hidden or 0
+        input_ids = input_ids[:, max(0, -hidden) :]
+        stop = prompt.length + given + hidden
         start = min(cached, stop - 1)  # a text that is wholly cached still needs its last logits
         if prompt.is_prefix and start < prompt.length:
             start = 0
