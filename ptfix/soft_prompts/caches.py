@@ -114,9 +114,10 @@ def legacy_layout(base_model: Any) -> list[tuple[int, ...]] | None:
 
 
 def told_its_size(past_key_values: Any, positions: int, base_model: Any) -> Any:
-    """gemma2 on 4.42 reads Cache objects without saying so, and asks any for its full length."""
+    """gemma2 on 4.42 reads Cache objects without saying so, and asks any for its full length, which a growing one does not have."""
     if is_cache(past_key_values) and not getattr(base_model, "_supports_cache_class", True):
-        past_key_values.get_max_length = lambda: positions
+        if past_key_values.get_max_length() is None:
+            past_key_values.get_max_length = lambda: positions
     return past_key_values
 
 

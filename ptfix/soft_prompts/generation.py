@@ -112,6 +112,7 @@ class _SoftPromptView:
         past_key_values = caches.crop(past_key_values, start)
         if prompt.is_prefix and start == 0:
             past_key_values = caches.fill(past_key_values, prompt.key_values(len(input_ids)), turn.base)
+            past_key_values = caches.told_its_size(past_key_values, stop, turn.base)
             start = prompt.length
             if not kwargs.get("use_cache", True):
                 kwargs["use_cache"] = True  # else some models do not read the cache; this one is thrown away after the step

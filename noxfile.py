@@ -1,0 +1,76 @@
+"""The compatibility matrix: one environment for each cell of compat_matrix.yaml, made from its exact pins.
+
+    nox -s "matrix(transformers='4.44.2', peft='0.11.1')"   # one pair
+    nox -s matrix-all -- --jobs 2                           # all that are not measured yet; --fresh: all
+    nox -s matrix-quick                                     # a few pairs, the central modes, nothing written
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nox
+import yaml
+
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["matrix-quick"]
+
+MATRIX = Path(__file__).with_name("compat_matrix.yaml")
+CELLS = yaml.safe_load(MATRIX.read_text(encoding="utf-8"))["cells"]
+PINS = {(cell["pins"]["transformers"], cell["pins"]["peft"]): cell["pins"] for cell in CELLS}
+#: the two seeds (silent no-op, KeyError), the oldest and the newest
+QUICK = [("4.36.2", "0.7.1"), ("4.44.2", "0.11.1"), ("4.57.6", "0.13.2"), ("5.23.0", "0.21.2")]
+
+if "PIP_FIND_LINKS" in os.environ:  # local wheels: uv has its own name for the same setting
+    os.environ.setdefault("UV_FIND_LINKS", os.environ["PIP_FIND_LINKS"])
+
+
+def _environment(session: nox.Session, transformers: str, peft: str) -> None:
+    pins = [f"{name}=={version}" for name, version in PINS[transformers, peft].items()]
+    session.install(*pins, "pytest", "packaging", "pyyaml")
+    session.install("--no-deps", "-e", ".")
+    session.env.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+
+
+@nox.session(name="matrix")
+@nox.parametrize("transformers,peft", list(PINS))
+def matrix(session: nox.Session, transformers: str, peft: str) -> None:
+    """Measure one pair in full and write its cell."""
+    _environment(session, transformers, peft)
+    session.run("python", "-m", "tests.matrix.run", "--record", *session.posargs, success_codes=[0, 1])
+    if _cell(transformers, peft).get("imports", True):
+        session.run("pytest", "-q", "tests/matrix", "tests/test_tutorial.py")
+
+
+@nox.session(name="matrix-all", venv_backend="none")
+def matrix_all(session: nox.Session) -> None:
+    """Measure every pair without a result yet, several at once (--jobs N); --fresh measures all of them."""
+    jobs = int(session.posargs[session.posargs.index("--jobs") + 1]) if "--jobs" in session.posargs else os.cpu_count() or 1
+    todo = [pair for pair in PINS if "--fresh" in session.posargs or "imports" not in _cell(*pair)]
+
+    def run(pair: tuple[str, str]) -> int:
+        name = "matrix(transformers='{}', peft='{}')".format(*pair)
+        return subprocess.run([sys.executable, "-m", "nox", "-s", name], check=False).returncode
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        failed = [pair for pair, code in zip(todo, pool.map(run, todo), strict=True) if code]
+    if failed:
+        session.error(f"failed: {failed}")
+
+
+@nox.session(name="matrix-quick")
+@nox.parametrize("transformers,peft", QUICK)
+def matrix_quick(session: nox.Session, transformers: str, peft: str) -> None:
+    """The stories' pairs: the test suite's matrix folder, nothing written."""
+    _environment(session, transformers, peft)
+    session.run("pytest", "-q", "tests/matrix", "tests/test_tutorial.py")
+
+
+def _cell(transformers: str, peft: str) -> dict[str, object]:
+    cells = yaml.safe_load(MATRIX.read_text(encoding="utf-8"))["cells"]
+    return next(c for c in cells if (c["pins"]["transformers"], c["pins"]["peft"]) == (transformers, peft))
