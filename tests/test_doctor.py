@@ -68,8 +68,8 @@ def test_each_fix_with_status_and_why_and_what_would_retire_it(
 
     status, text = told(capsys)
     assert status == 0
-    assert "no longer needed with: peft>=99" in text
-    assert "no longer needed with: no release yet; peft is right" in text
+    assert "not needed from peft>=99 on" in text
+    assert "needed in every release until peft is right" in text
     assert "greedy is wrong" in text
     assert "https://example.invalid/needed" in text
     assert "probed and found healthy" in text

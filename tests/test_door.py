@@ -104,9 +104,9 @@ print("done")
 def test_import_ptfix_imports_no_host_and_takes_no_time() -> None:
     code = """
 import sys, time
-start = time.perf_counter()
+start = time.process_time()
 import ptfix
-took = time.perf_counter() - start
+took = time.process_time() - start
 heavy = {"torch", "transformers", "peft", "yaml", "packaging", "importlib.metadata"} & set(sys.modules)
 assert not heavy, heavy
 dir(ptfix), ptfix.Report, ptfix.PatchError
@@ -115,7 +115,7 @@ print(took)
 """
     results = [python(code) for _ in range(5)]
     assert all(result.returncode == 0 for result in results), results[0].stderr
-    assert min(float(result.stdout) for result in results) < 0.050, "seconds"
+    assert min(float(result.stdout) for result in results) < 0.050, "seconds of processor time"
 
 
 def test_callbacks_is_a_function_whatever_was_imported() -> None:

@@ -91,8 +91,11 @@ def _text(findings: Mapping[str, Any]) -> str:
     for fix in findings["fixes"]:
         lines += [f"  {fix['status']:12} {fix['id']}: {fix['reason']}"]
         if fix["status"] != Status.NOT_NEEDED:
-            upgrade = " or ".join(fix["upgrade"]) or f"no release yet; {fix['retire_when']}"
-            lines += [f"{'':15}{fix['why']} ({fix['link']})", f"{'':15}no longer needed with: {upgrade}"]
+            upgrade = " or ".join(fix["upgrade"])
+            retire = (
+                f"not needed from {upgrade} on" if upgrade else f"needed in every release until {fix['retire_when']}"
+            )
+            lines += [f"{'':15}{fix['why']} ({fix['link']})", f"{'':15}{retire}"]
     lines += [] if findings["fixes"] else ["  none in this release"]
     lines += ["", "Measured", *_matrix_lines(findings["matrix"])]
     if findings["problems"]:
