@@ -15,20 +15,30 @@ from ptfix import hosts
 
 @dataclass(frozen=True)
 class Cell:
-    """One environment of the matrix: exact pins, and everything else its entry says."""
+    """One environment of the matrix: exact pins, and what a run measured there (nothing yet: empty)."""
 
     id: str
     pins: Mapping[str, str]
     measured: Mapping[str, Any]
 
     @property
-    def importable(self) -> bool:
-        """False where the entry says ``imports: false``: this pair cannot even be imported."""
-        return bool(self.measured.get("imports", True))
+    def imports(self) -> bool:
+        """Whether this pair was measured and can be imported."""
+        return bool(self.measured.get("imports"))
 
     def is_pair(self, versions: Mapping[str, str]) -> bool:
         """Whether `versions` names exactly the hosts pinned here."""
         return all(self.pins.get(name) == versions.get(name) for name in hosts.FLOORS)
+
+    def modes(self, runner: str, outcome: str) -> list[str]:
+        """The modes in which `runner` ("stock", "ptfix") has `outcome` ("wrong", "raises") for some model."""
+        rows = [row for rows in self.measured.get(runner, {}).values() for row in rows.values()]
+        letter = {"wrong": "x", "raises": "!"}[outcome]
+        return [
+            mode
+            for index, mode in enumerate(self.measured.get("modes", ()))
+            if any(row[index] == letter for row in rows)
+        ]
 
 
 def path() -> Path:
@@ -50,12 +60,12 @@ def cells() -> tuple[Cell, ...]:
 
 
 def nearest(versions: Mapping[str, str], among: tuple[Cell, ...] | None = None) -> Cell | None:
-    """The cell of exactly this pair, or else the nearest one; None without a cell or without both hosts.
+    """The measured cell of exactly this pair, or else the nearest one; None without a cell or without both hosts.
 
     Near means few measured releases in between, over both hosts. `Cell.is_pair` tells which of the two it is.
     """
     if among is None:
-        among = cells()
+        among = tuple(cell for cell in cells() if cell.measured)
     if not among or any(name not in versions for name in hosts.FLOORS):
         return None
 
@@ -69,7 +79,7 @@ def nearest(versions: Mapping[str, str], among: tuple[Cell, ...] | None = None) 
 def remedy() -> str:
     """What to do about a host that cannot be used: the command that installs the nearest pair known to import."""
     versions = hosts.versions()
-    pair = nearest(versions, tuple(cell for cell in cells() if cell.importable and not cell.is_pair(versions)))
+    pair = nearest(versions, tuple(cell for cell in cells() if cell.imports and not cell.is_pair(versions)))
     if pair is None:
         return "Install releases of transformers and peft that import together, such as the newest of both."
     return "The nearest measured pair: pip install " + " ".join(f"{name}=={pair.pins[name]}" for name in hosts.FLOORS)

@@ -128,19 +128,41 @@ def test_what_was_measured_for_this_pair_or_the_nearest(
     words: str,
 ) -> None:
     monkeypatch.setattr(hosts, "versions", lambda: {"transformers": "4.50.0", "peft": "0.15.0"})
-    stock = {"greedy": "ok", "beam": "ok", "static": "wrong"}
-    given(cells=(Cell("cell", pins, {"stock": stock}),))
+    measured = {
+        "imports": True,
+        "modes": ["greedy", "beam", "static"],
+        "counts": {
+            "ptfix": {"exact": 5, "wrong": 0, "raises": 0, "host": 1},
+            "stock": {"exact": 2, "wrong": 2, "raises": 1, "host": 1},
+        },
+        "ptfix": {"prompt_tuning": {"llama": "===", "gpt2": "==h"}},
+        "stock": {"prompt_tuning": {"llama": "=!x", "gpt2": "=xh"}},
+    }
+    given(cells=(Cell("cell", pins, measured), Cell("planned", {"transformers": "4.50.0", "peft": "0.15.0"}, {})))
     found = told(capsys, "--json")[1]["matrix"]
-    assert (found["id"], found["exact"], found["stock"]) == ("cell", exact, stock)
+    assert (found["id"], found["exact"], found["counts"]) == ("cell", exact, measured["counts"])
+    assert found["modes"]["stock"] == {"wrong": ["beam", "static"], "raises": ["beam"]}
+    assert found["modes"]["ptfix"] == {"wrong": [], "raises": []}
     text = told(capsys)[1]
     assert words in text
-    assert "stock: ok (greedy, beam), wrong (static)" in text
+    assert "stock  2 of 5 cases equal the training forward" in text
+    assert "silently wrong in some: beam, static" in text
+    assert "ptfix  5 of 5 cases" in text
+
+
+def test_a_pair_measured_as_not_importable(
+    given: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "versions", lambda: {"transformers": "5.0.0", "peft": "0.17.1"})
+    pins = {"transformers": "5.0.0", "peft": "0.17.1"}
+    given(cells=(Cell("broken", pins, {"imports": False, "reason": "ImportError: HybridCache"}),))
+    assert "does not import: ImportError: HybridCache" in told(capsys)[1]
 
 
 def test_nothing_measured(given: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
     given()
     assert told(capsys, "--json")[1]["matrix"] is None
-    assert "nothing is known about this pair" in told(capsys)[1]
+    assert "nothing yet" in told(capsys)[1]
 
 
 def test_the_real_findings_are_json_and_come_within_a_second() -> None:

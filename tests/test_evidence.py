@@ -10,7 +10,7 @@ from ptfix.evidence import Cell
 
 
 def cell(transformers: str, peft: str, **measured: Any) -> Cell:
-    return Cell(f"{transformers}+{peft}", {"transformers": transformers, "peft": peft}, measured)
+    return Cell(f"{transformers}+{peft}", {"transformers": transformers, "peft": peft}, {"imports": True, **measured})
 
 
 CELLS = (
@@ -42,6 +42,15 @@ def test_nearest(transformers: str, peft: str, expected: str, exact: bool) -> No
 def test_no_pair_no_cell(versions: Mapping[str, str]) -> None:
     assert evidence.nearest(versions, CELLS) is None
     assert evidence.nearest({"transformers": "5.0.0", "peft": "0.21.2"}, ()) is None
+
+
+def test_a_cell_not_yet_measured_is_no_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = Cell("planned", {"transformers": "5.0.0", "peft": "0.18.1"}, {})
+    monkeypatch.setattr(evidence, "cells", lambda: (*CELLS, planned))
+    found = evidence.nearest(planned.pins)
+    assert found is not None
+    assert found.id == "5.0.0+0.17.1"
+    assert not planned.imports
 
 
 def test_the_remedy_is_the_nearest_pair_that_imports(monkeypatch: pytest.MonkeyPatch) -> None:

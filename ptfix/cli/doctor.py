@@ -81,7 +81,16 @@ def _measured(versions: Mapping[str, str]) -> dict[str, Any] | None:
     cell = evidence.nearest(versions)
     if cell is None:
         return None
-    return {"id": cell.id, "exact": cell.is_pair(versions), "pins": dict(cell.pins), **cell.measured}
+    faults = {runner: {kind: cell.modes(runner, kind) for kind in ("wrong", "raises")} for runner in ("stock", "ptfix")}
+    return {
+        "id": cell.id,
+        "exact": cell.is_pair(versions),
+        "pins": dict(cell.pins),
+        "imports": cell.imports,
+        "reason": cell.measured.get("reason"),
+        "counts": cell.measured.get("counts", {}),
+        "modes": faults,
+    }
 
 
 def _text(findings: Mapping[str, Any]) -> str:
@@ -105,20 +114,17 @@ def _text(findings: Mapping[str, Any]) -> str:
 
 def _matrix_lines(matrix: Mapping[str, Any] | None) -> list[str]:
     if matrix is None:
-        return ["  nothing is known about this pair"]
-    pins = ", ".join(f"{name} {version}" for name, version in matrix["pins"].items())
+        return ["  nothing yet: this pair is probed, not looked up"]
+    pins = ", ".join(f"{name} {matrix['pins'][name]}" for name in hosts.FLOORS)
     lines = [f"  {'this very pair' if matrix['exact'] else 'not this pair; the nearest measured one'}: {pins}"]
-    for key, value in matrix.items():
-        if key not in ("id", "exact", "pins"):
-            lines += [f"  {key}: {_summary(value)}"]
+    if not matrix["imports"]:
+        return [*lines, f"  does not import: {matrix['reason']}"]
+    for runner, counts in matrix["counts"].items():
+        judged = sum(counts.get(kind, 0) for kind in ("exact", "wrong", "raises"))
+        lines += [f"  {runner:5}  {counts.get('exact', 0)} of {judged} cases equal the training forward"]
+        lines += [
+            f"         {word} in some: {', '.join(modes)}"
+            for word, modes in zip(("silently wrong", "raises"), matrix["modes"][runner].values(), strict=True)
+            if modes
+        ]
     return lines
-
-
-def _summary(value: Any) -> str:
-    """A mapping as what is how: ``ok (greedy, beam), wrong (static)``. Anything else as it is."""
-    if not isinstance(value, Mapping):
-        return str(value)
-    outcomes: dict[str, list[str]] = {}
-    for name, outcome in value.items():
-        outcomes.setdefault(str(outcome), []).append(str(name))
-    return ", ".join(f"{outcome} ({', '.join(names)})" for outcome, names in outcomes.items())
