@@ -14,13 +14,15 @@ from ptfix.patching import Edit, Fix
 
 def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     from ptfix.soft_prompts import training
-    from ptfix.soft_prompts.adapter import has_soft_prompt
+    from ptfix.soft_prompts.adapter import SoftPrompt, has_soft_prompt
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not has_soft_prompt(self):
             return original(self, *args, **kwargs)
-        return original(training.with_base_call(self, training.positions_from_mask), *args, **kwargs)
+        prompt = SoftPrompt(self)
+        aside = functools.partial(training.padding_aside, virtual_tokens=0 if prompt.is_prefix else prompt.length)
+        return original(training.with_base_call(self, aside), *args, **kwargs)
 
     return forward
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ptfix.soft_prompts import caches, views
+from ptfix.soft_prompts import caches, padding, views
 from ptfix.soft_prompts.adapter import SoftPrompt
 
 def generate(peft_model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -62,20 +62,23 @@ class _Turn:
     user_positions: bool  #: position_ids are the user's, not generate()'s own count
     chunk: int | None = None  #: prefill at most so many tokens at once
     hidden: int | None = None  #: real tokens that are not in the ids; None before the first step
+    pads: torch.Tensor | None = None  #: ``[batch]``, padding on the left of each row
 
-    def begin(self, given: int, cached: int, embedded: bool, mask_length: int | None) -> None:
-        """At the first step: which real tokens stand only in the cache, or (negative) in the ids without having been read.
+    def begin(self, given: int, cached: int, embedded: bool, mask: torch.Tensor | None) -> None:
+        """At the first step: how is the text padded, and which real tokens stand only in the cache, or (negative) in the ids without having been read.
 
         A second turn may pass the whole text or only what is new; the mask tells, else the lengths do. Up to 4.38 generate() starts
         the ids of ``inputs_embeds`` with a bos token that the model never sees.
         """
         self.hidden = 0
         behind = cached - self.prompt.length
-        mask_length = self.mask_length if mask_length is None else mask_length
+        mask_length = self.mask_length if mask is None else mask.shape[1]
         if mask_length is not None and (behind > 0 or (embedded and mask_length < given)):
             self.hidden = mask_length - given
         elif behind >= given:
             self.hidden = behind
+        if mask is not None and not self.prompt.is_prefix:  # a prefix stands in the cache, before all else
+            self.pads = padding.left_pads(mask)
 
 
 class _SoftPromptView:
@@ -101,8 +104,7 @@ class _SoftPromptView:
             past_key_values = None
         cached = caches.length(past_key_values)
         if turn.hidden is None:
-            mask_length = None if attention_mask is None else attention_mask.shape[1]
-            turn.begin(given, cached, inputs_embeds is not None, mask_length)
+            turn.begin(given, cached, inputs_embeds is not None, attention_mask)
         hidden = turn.hidden or 0
         input_ids = input_ids[:, max(0, -hidden) :]
         stop = prompt.length + given + hidden
@@ -137,11 +139,10 @@ class _SoftPromptView:
         return self._ptfix_turn.base.get_compiled_call(compile_config)
 
     def _get_initial_cache_position(self, *args: Any) -> Any:  # transformers < 5.4
-        # The host subtracts the cache's length, in which the soft prompt is counted, from the text's, in which it is not.
-        *others, model_kwargs = args
-        fresh = {name: value for name, value in model_kwargs.items() if name != "past_key_values"}
-        counted = super()._get_initial_cache_position(*others, fresh)  # type: ignore[misc]
-        model_kwargs["cache_position"] = counted["cache_position"]
+        # The host takes the cache's length, in which the soft prompt is counted, from the text's, in which it is not. Its answer is
+        # never read: prepare_inputs_for_generation counts anew at each step.
+        model_kwargs = args[-1]
+        model_kwargs["cache_position"] = torch.zeros(1, dtype=torch.long, device=self._ptfix_turn.base.device)
         return model_kwargs
 
     def _more_room(self, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -177,6 +178,11 @@ class _Text:
         if attention_mask is not None:
             ones = attention_mask.new_ones(batch, self.prompt.length)
             self.attention_mask = torch.cat((ones, attention_mask), dim=1)
+        self.order = None
+        if self.turn.pads is not None:
+            self.order = padding.pads_first(self.turn.pads, self.prompt.length, length)
+            if self.attention_mask is not None:
+                self.attention_mask = padding.reorder(self.attention_mask, self.order)
 
     def inputs(self, start: int, stop: int, past_key_values: Any, options: dict[str, Any]) -> dict[str, Any]:
         """Model inputs for positions `start` to `stop`, by the base model's own rules."""
@@ -192,7 +198,8 @@ class _Text:
         prepare = super(_SoftPromptView, self.owner).prepare_inputs_for_generation
         inputs: dict[str, Any] = prepare(virtual_ids, past_key_values=past_key_values, attention_mask=mask, **options)
         inputs.pop("token_type_ids", None)
-        if start < self.placeholders.shape[1]:
+        in_prompt = self.placeholders.shape[1] if self.order is None else int(self.turn.pads.max()) + self.placeholders.shape[1]
+        if start < in_prompt:
             inputs["inputs_embeds"], inputs["input_ids"] = self._embeddings(start, stop), None
         elif inputs["input_ids"].shape[1] != stop - start:
             inputs["input_ids"] = virtual_ids[:, start:]
@@ -209,6 +216,8 @@ class _Text:
                 task_ids = task_ids.repeat_interleave(rows // len(task_ids))  # as generate() expands for beams
             parts.insert(0, self.prompt.embeddings(rows, task_ids).to(dtype))
         embeddings = torch.cat([part.to(dtype) for part in parts], dim=1)
+        if self.order is not None:
+            embeddings = padding.reorder(embeddings, self.order)
         first = self.placeholders.shape[1] + self.input_ids.shape[1] - embeddings.shape[1]
         return embeddings[:, start - first : stop - first]
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ptfix.soft_prompts import caches, views
+from ptfix.soft_prompts import caches, padding, views
 
 #: Takes the base model and the keyword arguments peft calls it with, returns what is to be called instead.
 Change = Callable[[Any, dict[str, Any]], tuple[Any, dict[str, Any]]]
@@ -45,17 +45,46 @@ def origin(base: Any) -> Any:
     return base.__dict__.get("_ptfix_origin", base)
 
 
-def positions_from_mask(base: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Count positions by the mask, so that padding on the left does not move the text away from its soft prompt (peft#1093)."""
+def padding_aside(base: Any, kwargs: dict[str, Any], virtual_tokens: int) -> tuple[Any, dict[str, Any]]:
+    """Let padding on the left not come between a text and its soft prompt (peft#1093).
+
+    Positions are counted by the mask; padding stands in front of `virtual_tokens` embeddings (0 for a prefix, which stands in the
+    cache). Whoever called sees logits in the order of the inputs.
+    """
     mask = kwargs.get("attention_mask")
-    if (
-        isinstance(mask, torch.Tensor)
-        and mask.dim() == 2
-        and kwargs.get("position_ids") is None
-        and "position_ids" in inspect.signature(base.forward).parameters
-    ):
-        kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -_fed(kwargs).shape[1] :]
-    return base, kwargs
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        return base, kwargs
+    pads = padding.left_pads(mask[:, virtual_tokens:]) if virtual_tokens else None
+    if pads is not None:
+        order = padding.pads_first(pads, virtual_tokens, mask.shape[1])
+        for name in ("attention_mask", "inputs_embeds", "labels"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = padding.reorder(kwargs[name], order)
+    if kwargs.get("position_ids") is None and "position_ids" in inspect.signature(base.forward).parameters:
+        positions = (kwargs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
+        kwargs["position_ids"] = positions[:, -_fed(kwargs).shape[1] :]
+    return (base if pads is None else _InOrder(base, order)), kwargs
+
+
+class _InOrder:
+    """A base model whose logits are put back into the order of the inputs."""
+
+    def __init__(self, base: Any, order: torch.Tensor) -> None:
+        self.base, self.order = base, order
+
+    def forward(self, **kwargs: Any) -> Any:
+        outputs = self.base.forward(**kwargs)
+        back = self.order.argsort(-1)
+        if isinstance(outputs, tuple):
+            at = 0 if kwargs.get("labels") is None else 1
+            return (*outputs[:at], self._restored(outputs[at], back), *outputs[at + 1 :])
+        outputs.logits = self._restored(outputs.logits, back)
+        return outputs
+
+    @staticmethod
+    def _restored(logits: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+        # Logits of the last tokens only are in order as they are.
+        return padding.reorder(logits, back) if logits.shape[:2] == back.shape else logits
 
 
 def prefix_is_read(base: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -23,7 +23,7 @@ _LLAMA_LIKE = {
     "num_key_value_heads": KV_HEADS,
     "max_position_embeddings": CONTEXT,
 }
-_GEMMA = {**_LLAMA_LIKE, "head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8}
+_GEMMA = {**_LLAMA_LIKE, "head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8, "tie_word_embeddings": False}
 
 #: architecture -> (config class, its arguments)
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -86,9 +86,7 @@ def left_padded(bench: Bench) -> tuple[torch.Tensor, torch.Tensor, list[torch.Te
 
 
 def greedy(b: Bench) -> Pairs:
-    """Also: the adapter acts, i.e. it does not answer like its base."""
-    out = b.generate(input_ids=b.ids, attention_mask=ones(b.ids))
-    return [(out, b.truth(b.ids)[0]), (torch.tensor(b.bare or not torch.equal(out, plain(b))), torch.tensor(True))]
+    return [(b.generate(input_ids=b.ids, attention_mask=ones(b.ids)), b.truth(b.ids)[0])]  # which is not the base's: see bench()
 
 
 def plain(b: Bench) -> torch.Tensor:
@@ -111,10 +109,15 @@ def past_key_values_none(b: Bench) -> Pairs:
     return [(b.generate(input_ids=b.ids, attention_mask=ones(b.ids), past_key_values=None), b.truth(b.ids)[0])]
 
 
-def left_padded_batch(b: Bench) -> Pairs:
+def left_padded_batch(b: Bench, **options: Any) -> Pairs:
     ids, mask, rows = left_padded(b)
-    out = b.generate(input_ids=ids, attention_mask=mask, rows=2)
-    return [(out[i, text(b):], b.truth(row)[0][0, row.shape[1] :]) for i, row in enumerate(rows)]
+    out = b.generate(
+        input_ids=ids, attention_mask=mask, rows=2, output_scores=True, return_dict_in_generate=True, **options
+    )
+    for i, row in enumerate(rows):
+        tokens, scores = b.truth(row)
+        yield out.sequences[i, text(b) :], tokens[0, row.shape[1] :]
+        yield torch.stack(out.scores)[:, i], scores
 
 
 def output_scores(b: Bench) -> Pairs:
@@ -196,9 +199,7 @@ def static_cache(b: Bench) -> Pairs:
 
 
 def static_cache_left_padded(b: Bench) -> Pairs:
-    ids, mask, rows = left_padded(b)
-    out = b.generate(input_ids=ids, attention_mask=mask, rows=2, cache_implementation="static")
-    return [(out[i, text(b):], b.truth(row)[0][0, row.shape[1] :]) for i, row in enumerate(rows)]
+    return left_padded_batch(b, cache_implementation="static")
 
 
 def own_dynamic_cache(b: Bench) -> Pairs:
@@ -339,12 +340,22 @@ def disabled(b: Bench) -> Pairs:
 
 def left_padded_forward(b: Bench) -> Pairs:
     if b.bare:
-        return []  # without position_ids no host does this; peft's forward gives the caller no say in them
+        return  # without position_ids no host does this; peft's forward gives the caller no say in them
     ids, mask, rows = left_padded(b)
     options = task_ids(b.method, 2)
     with torch.no_grad():
         logits = b.model(input_ids=ids, attention_mask=mask, **options).logits[:, -1].float()
-    return [(logits[i : i + 1], b.logits(row)) for i, row in enumerate(rows)]
+        # Without each row's first token: what a position before it says depends on the method.
+        first = [ids.masked_fill(mask.cumsum(-1) < 2, -100), *(row.masked_fill(ones(row).cumsum(-1) < 2, -100) for row in rows)]
+        loss = b.model(input_ids=ids, attention_mask=mask, labels=first[0], **options).loss
+        alone = [
+            b.model(input_ids=row, labels=labels, **task_ids(b.method, 1)).loss
+            for row, labels in zip(rows, first[1:], strict=True)
+        ]
+    yield from ((logits[i : i + 1], b.logits(row)) for i, row in enumerate(rows))
+    if b.method != "cpt":  # whose loss weighs tokens by their place
+        tokens = torch.tensor([float(row.shape[1] - 1) for row in rows])
+        yield loss, (torch.stack(alone) * tokens).sum() / tokens.sum()
 
 
 def _loss(b: Bench, model: Any) -> torch.Tensor:
@@ -480,8 +491,15 @@ MODES: dict[str, Callable[[Bench], Pairs]] = {
 
 
 def bench(architecture: str, method: str) -> Bench:
+    """With the first adapter that answers otherwise than its base: or a mode that ignores it would pass."""
     base = base_model(architecture)
-    return Bench(architecture, method, base, wrap(base, method))
+    ids = torch.randint(2, VOCAB, (1, 9), generator=torch.Generator().manual_seed(7))
+    plain_ids, _ = reference.greedy(base, ids, NEW)
+    for seed in range(1, 20):
+        candidate = Bench(architecture, method, base, wrap(base, method, seed))
+        if not torch.equal(candidate.truth(candidate.ids)[0], plain_ids):
+            return candidate
+    raise RuntimeError(f"no adapter of {method} on {architecture} acts")
 
 
 def bare(architecture: str) -> Bench:

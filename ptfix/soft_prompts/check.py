@@ -1,0 +1,288 @@
+"""Does a soft prompt act, and does generate() say what training said? The check nobody makes when nothing raises.
+
+Two questions, both answered with logits, since short answers may agree by chance: is the adapter's training forward
+different from the base model (it *acts*), and is generate() the same as the training forward (it is *exact*)? The truth
+is `reference`, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ptfix.soft_prompts import caches, reference
+from ptfix.soft_prompts.adapter import SoftPrompt, active_config, has_soft_prompt
+
+#: What an adapter of many tasks is checked with.
+_TASK = 0
+
+_NO_EFFECT = "the soft prompt has no effect: its own training forward answers exactly as the base model"
+_IGNORED = "generate() ignores the soft prompt: it answers as the base model does, not as was trained"
+_GOOD = "the soft prompt acts, and generate() says what the training forward says"
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found on one row, with a sentence for people."""
+
+    acts: bool  #: the prompt changes the logits of the training forward, whichever token wins
+    exact: bool  #: generate() follows the training forward, as far as was asked
+    differs_at: int | None  #: the first new token (from 0) where it does not; None also where generate() raises
+    sentence: str
+
+    @property
+    def good(self) -> bool:
+        """Nothing to worry about."""
+        return self.acts and self.exact
+
+
+def check(
+    peft_model: Any,
+    input_ids: torch.Tensor | None = None,
+    new_tokens: int = 4,
+    precision: torch.dtype | None = None,
+) -> Check:
+    """Compare generate() with the training forward, and both with the base model, on one row.
+
+    The model comes back as it was: mode, random state, generation settings, gradients.
+
+    Args:
+        peft_model: with an active decoder-only soft prompt, also wrapped by DDP or torch.compile.
+        input_ids: ``[1, tokens]`` without padding; None: a few tokens of the vocabulary.
+        precision: the coarsest dtype that is computed in, where the weights do not tell (autocast).
+    """
+    peft_model = unwrap(peft_model)
+    asked = Asked(peft_model, new_tokens, precision)
+    base = peft_model.base_model
+    row = any_row(base, seed=0) if input_ids is None else input_ids.to(asked.device)
+    with undisturbed(peft_model):
+        ids, scores = asked.truth(row)
+        plain = torch.cat([reference.last_logits(base, ids[:, :stop]) for stop in range(row.shape[1], ids.shape[1])])
+        acts = bool(_distance(scores, plain) > asked.noise)
+        try:
+            answer = asked.generate(row)
+        except Exception as error:  # whatever the host raises is the finding
+            return Check(acts, False, None, f"generate() raises {told(error)}; its training forward does not")
+        at = asked.first_difference(answer)
+        # Nearer to the base than to the truth: also seen where a weak prompt hides in the tolerance of a coarse dtype.
+        ignored = acts and answer.scores is not None and _nearer(answer.scores, plain, scores)
+    if not acts:
+        return Check(False, at is None, at, _NO_EFFECT)
+    if ignored:
+        return Check(True, False, at or 0, _IGNORED)
+    if at is not None:
+        return Check(True, False, at, f"generate() leaves the training forward at new token {at + 1}")
+    return Check(True, True, None, _GOOD)
+
+
+def misfit(config: Any, base: Any, text: int = 1) -> str | None:
+    """Why a soft prompt's PeftConfig cannot work on this base model with `text` real tokens, or None where it fits."""
+    if getattr(base.config, "is_encoder_decoder", False):
+        return "the base model is an encoder-decoder, which ptfix does not support"
+    length = config.num_virtual_tokens
+    if config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
+        layers = getattr(caches.text_config(base), "num_hidden_layers", None)
+        if None not in (layers, config.num_layers) and layers != config.num_layers:
+            return f"the adapter was made for {config.num_layers} layers, the base model has {layers}"
+    else:
+        width = base.get_input_embeddings().weight.shape[-1]
+        if config.token_dim is not None and config.token_dim != width:
+            return f"the adapter's embeddings are {config.token_dim} wide, those of the base model {width}"
+    limit = hard_limit(base)
+    if limit is not None and length + text > limit:
+        left = max(0, limit - length)
+        return f"{length} virtual tokens leave {left} of the base model's {limit} positions for text; {text} are needed"
+    return None
+
+
+def hard_limit(base: Any) -> int | None:
+    """How many positions a model with a learned table of them has (gpt2, opt); None for one that can go on."""
+    words = base.get_input_embeddings()
+    for name, module in base.named_modules():
+        leaf = name.rpartition(".")[2]
+        if isinstance(module, torch.nn.Embedding) and module is not words and (leaf == "wpe" or "position" in leaf):
+            limit = getattr(caches.text_config(base), "max_position_embeddings", None)
+            return int(limit or module.num_embeddings)
+    return None
+
+
+def any_row(base: Any, seed: int, tokens: int = 8) -> torch.Tensor:
+    """A row of the base model's vocabulary ``[1, tokens]``, always the same for a seed.
+
+    The check needs an input, not a meaning; so it needs no tokenizer.
+    """
+    words = base.get_input_embeddings().weight
+    vocabulary = min(words.shape[0], getattr(caches.text_config(base), "vocab_size", words.shape[0]))
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocabulary // 8, vocabulary, (1, tokens), generator=generator)  # special tokens come first
+    return ids.to(words.device)
+
+
+def unwrap(model: Any) -> Any:
+    """The model inside DistributedDataParallel and torch.compile."""
+    while True:
+        inner = model._modules.get("module") or model._modules.get("_orig_mod")
+        if inner is None:
+            return model
+        model = inner
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What generate() said after one row."""
+
+    row: torch.Tensor  #: ``[1, tokens]``, without padding
+    tokens: torch.Tensor  #: ``[new]``
+    scores: torch.Tensor | None = None  #: ``[new, vocab]``, where the mode has them
+
+
+@dataclass
+class Asked:
+    """A model under check, adapter or bare base model, and the truth about it."""
+
+    model: Any
+    new_tokens: int
+    precision: torch.dtype | None = None
+    _truths: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def is_bare(self) -> bool:
+        return not hasattr(self.model, "peft_config")
+
+    @property
+    def base(self) -> Any:
+        return self.model if self.is_bare else self.model.base_model
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.base.get_input_embeddings().weight.device
+        return device
+
+    @property
+    def noise(self) -> float:
+        """What rounding alone may do to logits, as a part of their size."""
+        return max(1e-5, 4 * self._epsilon)
+
+    @property
+    def tolerance(self) -> float:
+        """How far apart two ways to the same logits (with a cache, in a batch) may be, as a part of their size."""
+        return max(1e-3, 8 * self._epsilon)
+
+    @property
+    def _epsilon(self) -> float:
+        dtypes = {parameter.dtype for parameter in self.base.parameters()}
+        if self.precision is not None:
+            dtypes.add(self.precision)
+        # Quantised weights are no floating point numbers and not finer than the coarsest of these.
+        epsilons = (torch.finfo(dtype if dtype.is_floating_point else torch.bfloat16).eps for dtype in dtypes)
+        return float(max(epsilons))
+
+    def task_ids(self, rows: int = 1) -> dict[str, torch.Tensor]:
+        """The argument that multitask prompt tuning cannot do without."""
+        if self.is_bare or not has_soft_prompt(self.model):
+            return {}  # disable_adapter() leaves the base model's forward, which knows no tasks
+        if active_config(self.model).peft_type != "MULTITASK_PROMPT_TUNING":
+            return {}
+        return {"task_ids": torch.full((rows,), _TASK, device=self.device)}
+
+    def truth(self, row: torch.Tensor, new_tokens: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`reference.greedy` of a row, made once."""
+        key = (tuple(row[0].tolist()), new_tokens or self.new_tokens)
+        if key not in self._truths:
+            self._truths[key] = reference.greedy(self.model, row, key[1], **self.task_ids())
+        return self._truths[key]
+
+    def generate(self, row: torch.Tensor, **options: Any) -> Answer:
+        """Greedy generate() after one row, with its scores."""
+        out = self.output(input_ids=row, **options)
+        return Answer(row, out.sequences[0, row.shape[1] :], torch.cat(out.scores).float())
+
+    def output(self, *args: Any, rows: int = 1, **options: Any) -> Any:
+        """The host's generate(), greedy unless told otherwise, with everything it can return."""
+        options = {
+            "max_new_tokens": self.new_tokens,
+            "do_sample": False,
+            "pad_token_id": 0,
+            "output_scores": True,
+            "return_dict_in_generate": True,
+            **self.task_ids(rows),
+            **options,
+        }
+        for ids in [*args, options.get("input_ids"), options.get("inputs_embeds")]:
+            if isinstance(ids, torch.Tensor):
+                options.setdefault("attention_mask", ids.new_ones(ids.shape[:2], dtype=torch.long))
+        return self.model.generate(*args, **{name: value for name, value in options.items() if value is not None})
+
+    def first_difference(self, answer: Answer) -> int | None:
+        """The first new token that the training forward does not say, or None.
+
+        Tokens that the truth finds equally good are no difference, but after them the two tell different stories: there
+        it stops.
+        """
+        new_tokens = len(answer.tokens)
+        if not new_tokens:
+            return 0
+        ids, scores = self.truth(answer.row, max(self.new_tokens, new_tokens))
+        for step, token in enumerate(answer.tokens.tolist()):
+            true, right = int(ids[0, answer.row.shape[1] + step]), scores[step]
+            near = self.tolerance * max(1.0, float(right.abs().max()))
+            if answer.scores is not None and not float((answer.scores[step] - right).abs().max()) <= near:
+                return step
+            if token != true:
+                return None if float(right[true] - right[token]) <= near else step
+        return None if new_tokens >= self.new_tokens else new_tokens
+
+
+@contextmanager
+def undisturbed(peft_model: Any) -> Iterator[None]:
+    """Eval mode and plain greedy settings inside; mode of every module, settings and random state as before afterwards.
+
+    The settings a model ships with (a repetition penalty, an eos) would make a right generate() look wrong.
+    """
+    from transformers import GenerationConfig
+
+    base = peft_model.base_model
+    # peft hands the settings on to the base model, and to its body.
+    owners = [peft_model, base, *([base.model] if isinstance(getattr(base, "model", None), torch.nn.Module) else [])]
+    settings = [vars(owner).get("generation_config") for owner in owners]
+    modes = [(module, module.training) for module in peft_model.modules()]
+    devices = {parameter.device for parameter in peft_model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[device.index or 0 for device in devices]):
+        try:
+            peft_model.eval()
+            base.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=0)
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for owner, setting in zip(owners, settings, strict=True):
+                vars(owner).pop("generation_config", None)
+                if setting is not None:
+                    owner.generation_config = setting
+
+
+def told(error: BaseException) -> str:
+    """An exception in one line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:160]}".rstrip(": ")
+
+
+def describe(peft_model: Any) -> str:
+    """``prompt tuning, 20 virtual tokens``"""
+    prompt = SoftPrompt(peft_model)
+    method = str(getattr(prompt.config.peft_type, "value", prompt.config.peft_type)).replace("_", " ").lower()
+    return f"{method}, {prompt.length} virtual tokens"
+
+
+def _distance(scores: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """The largest difference of two scores ``[new, vocab]``, as a part of their size."""
+    return (scores - others).abs().max() / scores.abs().max().clamp(min=1.0)
+
+
+def _nearer(scores: torch.Tensor, plain: torch.Tensor, true: torch.Tensor) -> bool:
+    """Are the scores nearer to the plain ones than to the true ones? At the first step, where all read the same text."""
+    return bool(_distance(scores[:1], plain[:1]) < _distance(scores[:1], true[:1]))
