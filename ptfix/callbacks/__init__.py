@@ -6,14 +6,26 @@ would vanish. A module that can be called is both at once.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from types import ModuleType
 from typing import Any
 
+#: Loaded on first use: a callback's class cannot be made without importing transformers.
+_LAZY = {"SoftPromptCallback": "soft_prompt", "SoftPromptError": "soft_prompt"}
+
 
 def default() -> list[Any]:
     """The sensible default set, new objects at each call."""
-    return []
+    from ptfix.callbacks.soft_prompt import SoftPromptCallback
+
+    return [SoftPromptCallback()]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
 
 
 class _Room(ModuleType):

@@ -284,5 +284,5 @@ def _distance(scores: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 
 def _nearer(scores: torch.Tensor, plain: torch.Tensor, true: torch.Tensor) -> bool:
-    """Are the scores nearer to the plain ones than to the true ones? At the first step, where all read the same text."""
+    """Are the scores nearer to the plain than to the true ones? At the first step, where all read the same text."""
     return bool(_distance(scores[:1], plain[:1]) < _distance(scores[:1], true[:1]))

@@ -1,0 +1,130 @@
+"""SoftPromptCallback: when training ends, ask the soft prompt a few tokens and say so if generate() loses it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from transformers import TrainerCallback
+
+logger = logging.getLogger("ptfix")
+
+#: Enough text to be typical, little enough to cost nothing.
+_ROW_LENGTH = 32
+
+
+class SoftPromptError(RuntimeError):
+    """A trained soft prompt does not act, or generate() does not say what was trained."""
+
+
+class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]  # the hosts are untyped here
+    """Check a soft prompt when training ends: it acts, and generate() says what the training forward says.
+
+    Silent about models without a soft prompt. It costs a dozen forward passes of one short row, once.
+
+    Args:
+        on_problem: ``"warn"`` through ``logging.getLogger("ptfix")``, or ``"raise"`` a `SoftPromptError`.
+        every_save: also check at each save.
+        new_tokens: how many tokens to generate.
+        rows: token ids to ask with; None: the first row of the training data where there is one, else any ids.
+    """
+
+    def __init__(
+        self,
+        on_problem: Literal["warn", "raise"] = "warn",
+        every_save: bool = False,
+        new_tokens: int = 4,
+        rows: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        if on_problem not in ("warn", "raise"):
+            raise ValueError(f"on_problem is {on_problem!r}; it must be 'warn' or 'raise'.")
+        self.on_problem, self.every_save, self.new_tokens, self.rows = on_problem, every_save, new_tokens, rows
+        self._warned: set[str] = set()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._warned.clear()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.every_save:
+            self._check(args, state, kwargs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._check(args, state, kwargs)
+
+    def _check(self, args: Any, state: Any, given: dict[str, Any]) -> None:
+        model = _soft_prompted(given.get("model"))
+        if model is None or not state.is_world_process_zero or _is_sharded(args, model):
+            return
+        try:
+            problem = self._problem(args, model, given.get("train_dataloader"))
+        except Exception as error:
+            if self.on_problem == "raise":
+                raise
+            # The training is done and must not be lost; but nobody shall believe that the prompt was found good.
+            problem = f"the soft prompt could not be checked: {type(error).__name__}: {error}"
+        if problem is None:
+            return
+        if self.on_problem == "raise":
+            raise SoftPromptError(problem)
+        if problem not in self._warned:
+            self._warned.add(problem)
+            logger.warning(problem)
+
+    def _problem(self, args: Any, model: Any, dataloader: Any) -> str | None:
+        import torch
+
+        from ptfix.soft_prompts import check
+
+        low = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        precision = next((dtype for name, dtype in low.items() if getattr(args, name, False)), None)
+        rows = self.rows
+        if rows is None:
+            with check.undisturbed(model):  # a data set may draw random numbers
+                rows = [_first_row(dataloader, model.base_model)]
+        for row in rows:
+            ids = torch.tensor([list(row)]) if row else None
+            result = check.check(model, ids, self.new_tokens, precision)
+            if not result.good:
+                return result.sentence + (_advice() if result.acts else "")
+        return None
+
+
+def _soft_prompted(model: Any) -> Any:
+    """The PeftModel with an active soft prompt that can generate, or None. Imports nothing that training has not."""
+    peft = sys.modules.get("peft")
+    if peft is None or model is None:
+        return None
+    from ptfix.soft_prompts import adapter, check
+
+    model = check.unwrap(model)
+    return model if isinstance(model, peft.PeftModelForCausalLM) and adapter.has_soft_prompt(model) else None
+
+
+def _is_sharded(args: Any, model: Any) -> bool:
+    """Does each process hold a part of the weights (FSDP, ZeRO-3)? There one forward pass waits for all the others."""
+    return bool(getattr(args, "fsdp", None)) or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def _first_row(dataloader: Any, base: Any) -> list[int]:
+    """The beginning of the first training row; empty where there is none, or none that looks like token ids."""
+    try:
+        # Not through the dataloader, which would start its workers and move its sampler.
+        row = dataloader.dataset[0]
+        ids, mask = row["input_ids"], row.get("attention_mask")
+        ids = [int(token) for token in ids]
+        if mask is not None:
+            ids = [token for token, real in zip(ids, mask, strict=True) if real]
+    except Exception:  # any class of data set is allowed here, also one without rows
+        return []
+    vocabulary = base.get_input_embeddings().weight.shape[0]
+    return ids[:_ROW_LENGTH] if all(0 <= token < vocabulary for token in ids) else []
+
+
+def _advice() -> str:
+    import ptfix
+    from ptfix.report import Status
+
+    waiting = [row.fix for row in ptfix.status().rows if row.status is Status.NOT_APPLIED]
+    return f". ptfix.apply() repairs this pair: it was not called ({', '.join(waiting)})" if waiting else ""
