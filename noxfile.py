@@ -1,8 +1,8 @@
 """The compatibility matrix: one environment for each cell of compat_matrix.yaml, made from its exact pins.
 
-    nox -s "matrix(transformers='4.44.2', peft='0.11.1')"   # one pair
-    nox -s matrix-all -- --jobs 2                           # all that are not measured yet; --fresh: all
-    nox -s matrix-quick                                     # a few pairs, the central modes, nothing written
+nox -s "matrix(transformers='4.44.2', peft='0.11.1')"   # one pair
+nox -s matrix-all -- --jobs 2                           # all that are not measured yet; --fresh: all
+nox -s matrix-quick                                     # a few pairs, the central modes, nothing written
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ nox.options.sessions = ["matrix-quick"]
 MATRIX = Path(__file__).with_name("compat_matrix.yaml")
 CELLS = yaml.safe_load(MATRIX.read_text(encoding="utf-8"))["cells"]
 PINS = {(cell["pins"]["transformers"], cell["pins"]["peft"]): cell["pins"] for cell in CELLS}
-#: the two seeds (silent no-op, KeyError), the oldest and the newest
-QUICK = [("4.36.2", "0.7.1"), ("4.44.2", "0.11.1"), ("4.57.6", "0.13.2"), ("5.23.0", "0.21.2")]
+#: the oldest, the seeds (KeyError, silent no-op twice), the first of transformers 5; the newest runs in the test suite
+QUICK = [("4.36.2", "0.7.1"), ("4.44.2", "0.11.1"), ("4.45.2", "0.12.0"), ("4.57.6", "0.13.2"), ("5.0.0", "0.18.1")]
 
 if "PIP_FIND_LINKS" in os.environ:  # local wheels: uv has its own name for the same setting
     os.environ.setdefault("UV_FIND_LINKS", os.environ["PIP_FIND_LINKS"])
@@ -50,7 +50,11 @@ def matrix(session: nox.Session, transformers: str, peft: str) -> None:
 @nox.session(name="matrix-all", venv_backend="none")
 def matrix_all(session: nox.Session) -> None:
     """Measure every pair without a result yet, several at once (--jobs N); --fresh measures all of them."""
-    jobs = int(session.posargs[session.posargs.index("--jobs") + 1]) if "--jobs" in session.posargs else os.cpu_count() or 1
+    jobs = (
+        int(session.posargs[session.posargs.index("--jobs") + 1])
+        if "--jobs" in session.posargs
+        else os.cpu_count() or 1
+    )
     todo = [pair for pair in PINS if "--fresh" in session.posargs or "imports" not in _cell(*pair)]
 
     def run(pair: tuple[str, str]) -> int:

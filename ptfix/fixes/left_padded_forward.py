@@ -1,6 +1,7 @@
 """forward() with padding on the left equals the unpadded row.
 
-This changes the numbers that an adapter trained on left-padded batches was trained with: switch it off by its id to keep the old ones.
+This changes the numbers that an adapter trained on left-padded batches was trained with: switch it off by its id to
+keep the old ones.
 """
 
 from __future__ import annotations

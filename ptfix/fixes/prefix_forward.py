@@ -1,4 +1,4 @@
-"""Prefix tuning trains on every pair: the prefix comes in the cache this release reads, and reaches checkpointed layers."""
+"""Prefix tuning trains on every pair: the prefix comes in the cache this release reads, and reaches every layer."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _probe() -> str | None:
 
 FIX = Fix(
     id="prefix-forward",
-    why="prefix tuning raises in forward() where the cache format moved on, and is not trained under gradient checkpointing",
+    why="prefix tuning raises where the cache format moved on, and is not trained under gradient checkpointing",
     link="https://github.com/huggingface/peft/issues/869",
     affects={},
     probe=_probe,

@@ -13,10 +13,13 @@ _WIDE_HEADS = {**_MULTI_QUERY, "multi_query": False, "num_key_value_heads": 2, "
 
 
 def key_value_shape(config: dict[str, Any]) -> tuple[int, int] | None:
-    """``(key/value heads, head dim)`` by the fields attention modules read, or None where layers differ among themselves."""
+    """``(key/value heads, head dim)`` by the fields attention modules read, or None where layers differ among
+    themselves."""
     if config.get("global_head_dim") is not None or config.get("per_layer_config") is not None:
         return None  # gemma4: peft sizes these layer by layer
-    heads = next((config[name] for name in ("num_attention_heads", "n_head", "n_heads", "num_heads") if config.get(name)), None)
+    heads = next(
+        (config[name] for name in ("num_attention_heads", "n_head", "n_heads", "num_heads") if config.get(name)), None
+    )
     hidden = next((config[name] for name in ("hidden_size", "n_embd", "d_model") if config.get(name)), None)
     if heads is None or hidden is None:
         return None

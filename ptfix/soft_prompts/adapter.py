@@ -1,7 +1,8 @@
 """What ptfix needs to know about a soft prompt: its length, its embeddings or its keys and values.
 
-Prompt-like methods (prompt tuning, p-tuning, multitask prompt tuning, CPT) put embeddings before the text; prefix tuning puts keys and
-values into every layer's KV cache. Both occupy ``num_virtual_tokens`` positions in front of the real tokens.
+Prompt-like methods (prompt tuning, p-tuning, multitask prompt tuning, CPT) put embeddings before the text; prefix
+tuning puts keys and values into every layer's KV cache. Both occupy ``num_virtual_tokens`` positions in front of the
+real tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def has_soft_prompt(peft_model: Any) -> bool:
     base = peft_model.base_model
     if not active_config(peft_model).is_prompt_learning or getattr(base.config, "is_encoder_decoder", False):
         return False
-    return vars(peft_model).get("forward") != base.forward
+    return bool(vars(peft_model).get("forward") != base.forward)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class SoftPrompt:
         return embeddings
 
     def embeddings(self, batch_size: int, task_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """The soft prompt ``[batch, virtual tokens, hidden]`` of a prompt-like method, exactly as forward() makes it."""
+        """The soft prompt ``[batch, virtual tokens, hidden]`` of a prompt-like method, exactly as forward() makes
+        it."""
         prompt: torch.Tensor = self.peft_model.get_prompt(batch_size=batch_size, task_ids=task_ids)
         return prompt
 

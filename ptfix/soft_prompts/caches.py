@@ -1,7 +1,7 @@
 """KV caches of every transformers release: how long is one, how is it filled, what does a model want to be given.
 
-This is the only room of soft_prompts that knows kinds of caches. "Empty" means length zero, never None, falsy or len() == 0: an empty
-``DynamicCache`` has been each of those in some release (peft#1969, peft#2106, transformers#33703).
+This is the only room of soft_prompts that knows kinds of caches. "Empty" means length zero, never None, falsy or
+len() == 0: an empty ``DynamicCache`` has been each of those in some release (peft#1969, peft#2106, transformers#33703).
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def length(past_key_values: Any) -> int:
         return int(value.shape[-2])
     keys = getattr(past_key_values, "key_cache", None)
     if keys and hasattr(past_key_values, "is_sliding") and isinstance(keys[0], torch.Tensor):
-        # HybridCache answers None (4.42-4.44), or for layer 0, whose sliding window saturates. Count what is written in the longest
-        # layer, as StaticCache does for itself.
+        # HybridCache answers None (4.42-4.44), or for layer 0, whose sliding window saturates. Count what is written
+        # in the longest layer, as StaticCache does for itself.
         longest = max(keys, key=lambda key: key.shape[-2])
         return int(longest[0, 0].any(dim=-1).sum())
     return int(past_key_values.get_seq_length() or 0)
@@ -54,7 +54,9 @@ def crop(past_key_values: Any, positions: int) -> Any:
         elif hasattr(past_key_values, "crop"):
             past_key_values.crop(positions)
         else:
-            raise ValueError(f"a {type(past_key_values).__name__} cannot be cropped; pass a DynamicCache or a shorter cache.")
+            raise ValueError(
+                f"a {type(past_key_values).__name__} cannot be cropped; pass a DynamicCache or a shorter cache."
+            )
         return past_key_values
     if positions == 0:
         return None
@@ -102,7 +104,8 @@ def text_config(base_model: Any) -> Any:
 
 
 def legacy_layout(base_model: Any) -> list[tuple[int, ...]] | None:
-    """The shapes in which an old architecture keeps a layer's ``past_key_values``, or None for one that reads Cache objects.
+    """The shapes in which an old architecture keeps a layer's ``past_key_values``, or None for one that reads Cache
+    objects.
 
     Up to 4.53 the class says whether it does; what its tuples look like, one dummy forward shows.
     """
@@ -114,10 +117,11 @@ def legacy_layout(base_model: Any) -> list[tuple[int, ...]] | None:
 
 
 def told_its_size(past_key_values: Any, positions: int, base_model: Any) -> Any:
-    """gemma2 on 4.42 reads Cache objects without saying so, and asks any for its full length, which a growing one does not have."""
-    if is_cache(past_key_values) and not getattr(base_model, "_supports_cache_class", True):
-        if past_key_values.get_max_length() is None:
-            past_key_values.get_max_length = lambda: positions
+    """gemma2 on 4.42 reads Cache objects without saying so, and asks any for its full length, which a growing one
+    does not have."""
+    unsaid = is_cache(past_key_values) and not getattr(base_model, "_supports_cache_class", True)
+    if unsaid and past_key_values.get_max_length() is None:
+        past_key_values.get_max_length = lambda: positions
     return past_key_values
 
 
@@ -159,7 +163,8 @@ def _legacy(prefix: KeyValues, layout: list[tuple[int, ...]]) -> Any:
         )
     if ranks == [3, 3]:  # falcon: [batch * heads, tokens, dim]
         return tuple(
-            (key.reshape(batch * heads, tokens, dim), value.reshape(batch * heads, tokens, dim)) for key, value in prefix
+            (key.reshape(batch * heads, tokens, dim), value.reshape(batch * heads, tokens, dim))
+            for key, value in prefix
         )
     raise NotImplementedError(f"past_key_values in an unknown layout {layout}: prefix tuning cannot fill them.")
 

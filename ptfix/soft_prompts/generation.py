@@ -1,18 +1,19 @@
 """Generate with a soft prompt exactly as it was trained: one conversion of coordinates.
 
-``generate()`` counts real tokens. The model counts virtual + real tokens. Every upstream fault in this field is a place where one number
-stood for the other. Here the base model is seen through a shallow view that shares all weights; its ``prepare_inputs_for_generation``
-takes real coordinates from generate(), hands virtual ones to the base model's own method (which knows the architecture's masks,
-positions and cache), and lays the soft prompt where its placeholder tokens stood. How much is left to feed follows from the length of
-the cache alone, so prefill, decoding, a rolled-back draft and a second turn are one case. Nothing shared is ever changed: threads and
-interrupts need no clean-up.
+``generate()`` counts real tokens. The model counts virtual + real tokens. Every upstream fault in this field is a place
+where one number stood for the other. Here the base model is seen through a shallow view that shares all weights; its
+``prepare_inputs_for_generation`` takes real coordinates from generate(), hands virtual ones to the base model's own
+method (which knows the architecture's masks, positions and cache), and lays the soft prompt where placeholder tokens
+stood. How much is left to feed follows from the length of the cache alone, so prefill, decoding, a rolled-back draft
+and a second turn are one case. Nothing shared is ever changed: threads and interrupts need no clean-up.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,8 +21,12 @@ import torch
 from ptfix.soft_prompts import caches, padding, views
 from ptfix.soft_prompts.adapter import SoftPrompt
 
+logger = logging.getLogger("ptfix")
+
+
 def generate(peft_model: Any, *args: Any, **kwargs: Any) -> Any:
-    """What ``peft_model.generate(*args, **kwargs)`` should return; same arguments, errors and return values as the host's."""
+    """What ``peft_model.generate(*args, **kwargs)`` should return; same arguments, errors and return values as the
+    host's."""
     mask = kwargs.get("attention_mask")
     turn = _Turn(
         prompt=SoftPrompt(peft_model),
@@ -36,19 +41,23 @@ def generate(peft_model: Any, *args: Any, **kwargs: Any) -> Any:
 def _view(peft_model: Any, turn: _Turn) -> Any:
     """A private view of the base model for one generate() call: its own attributes, the same weights."""
     twin = views.shallow(peft_model.base_model, generation_config=peft_model.generation_config, _ptfix_turn=turn)
-    twin.__class__ = _view_class(type(twin))
-    # Attributes of the base that stand for one call of its own: peft hangs a bound method on it (and, interrupted, leaves it there),
-    # the host keeps its last static cache.
+    twin.__class__ = _view_class(type(twin))  # type: ignore[arg-type]
+    # Attributes of the base that stand for one call of its own: peft hangs a bound method on it (and, interrupted,
+    # leaves it there), the host keeps its last static cache.
     for name in ("prepare_inputs_for_generation", "_cache"):
         twin.__dict__.pop(name, None)
         twin._modules.pop(name, None)
     return twin
 
 
-@lru_cache(maxsize=None)
-def _view_class(base_class: type) -> type:
+@cache
+def _view_class(base_class: type[Any]) -> type[Any]:
     # The host looks at names (is it mamba? is it remote code?), so the view keeps its base's.
-    return type(base_class.__name__, (_SoftPromptView, base_class), {"__module__": base_class.__module__, "__doc__": base_class.__doc__})
+    return type(
+        base_class.__name__,
+        (_SoftPromptView, base_class),
+        {"__module__": base_class.__module__, "__doc__": base_class.__doc__},
+    )
 
 
 @dataclass
@@ -63,12 +72,14 @@ class _Turn:
     chunk: int | None = None  #: prefill at most so many tokens at once
     hidden: int | None = None  #: real tokens that are not in the ids; None before the first step
     pads: torch.Tensor | None = None  #: ``[batch]``, padding on the left of each row
+    warned: bool = False
 
     def begin(self, given: int, cached: int, embedded: bool, mask: torch.Tensor | None) -> None:
-        """At the first step: how is the text padded, and which real tokens stand only in the cache, or (negative) in the ids without having been read.
+        """At the first step: how is the text padded, and which real tokens stand only in the cache, or (negative) in
+        the ids without having been read.
 
-        A second turn may pass the whole text or only what is new; the mask tells, else the lengths do. Up to 4.38 generate() starts
-        the ids of ``inputs_embeds`` with a bos token that the model never sees.
+        A second turn may pass the whole text or only what is new; the mask tells, else the lengths do. Up to 4.38
+        generate() starts the ids of ``inputs_embeds`` with a bos token that the model never sees.
         """
         self.hidden = 0
         behind = cached - self.prompt.length
@@ -98,7 +109,9 @@ class _SoftPromptView:
         turn = self._ptfix_turn
         prompt, given = turn.prompt, input_ids.shape[1] + (0 if inputs_embeds is None else inputs_embeds.shape[1])
         if attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2):
-            raise ValueError("a soft prompt needs a 2D attention_mask [batch, tokens]; build 4D masks from it, not before it.")
+            raise ValueError(
+                "a soft prompt needs a 2D attention_mask [batch, tokens]; build 4D masks from it, not before it."
+            )
         if not kwargs.get("use_cache", True):
             # Up to 4.44 generate() hands out a cache here all the same.
             past_key_values = None
@@ -112,12 +125,16 @@ class _SoftPromptView:
         if prompt.is_prefix and start < prompt.length:
             start = 0
         past_key_values = caches.crop(past_key_values, start)
+        if prompt.is_prefix:
+            self._warn_of_window(attention_mask, stop)
         if prompt.is_prefix and start == 0:
             past_key_values = caches.fill(past_key_values, prompt.key_values(len(input_ids)), turn.base)
             past_key_values = caches.told_its_size(past_key_values, stop, turn.base)
             start = prompt.length
             if not kwargs.get("use_cache", True):
-                kwargs["use_cache"] = True  # else some models do not read the cache; this one is thrown away after the step
+                kwargs["use_cache"] = (
+                    True  # else some models do not read the cache; this one is thrown away after the step
+                )
 
         text = _Text(self, input_ids, inputs_embeds, attention_mask, stop)
         if turn.chunk is not None and past_key_values is not None:
@@ -125,6 +142,23 @@ class _SoftPromptView:
                 self(**text.inputs(start, start + turn.chunk, past_key_values, kwargs), return_dict=True)  # type: ignore[operator]
                 start += turn.chunk
         return text.inputs(start, stop, past_key_values, kwargs)
+
+    def _warn_of_window(self, attention_mask: torch.Tensor | None, length: int) -> None:
+        turn = self._ptfix_turn
+        window = getattr(caches.text_config(turn.base), "sliding_window", None)
+        if window and length > window and attention_mask is not None and not turn.warned:
+            turn.warned = True
+            if padding.left_pads(attention_mask) is not None:
+                logger.warning(
+                    "a left-padded batch of %d positions is longer than the model's sliding window (%d): its padded "
+                    "rows see less of the prefix than alone. Generate them in batches of equal length.",
+                    length,
+                    window,
+                )
+
+    def _host_inputs(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
+        return inputs
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
         # Chunked prefill is done in prepare_inputs_for_generation, where a chunk is counted in the model's coordinates.
@@ -139,8 +173,8 @@ class _SoftPromptView:
         return self._ptfix_turn.base.get_compiled_call(compile_config)
 
     def _get_initial_cache_position(self, *args: Any) -> Any:  # transformers < 5.4
-        # The host takes the cache's length, in which the soft prompt is counted, from the text's, in which it is not. Its answer is
-        # never read: prepare_inputs_for_generation counts anew at each step.
+        # The host takes the cache's length, in which the soft prompt is counted, from the text's, in which it is not.
+        # Its answer is never read: prepare_inputs_for_generation counts anew at each step.
         model_kwargs = args[-1]
         model_kwargs["cache_position"] = torch.zeros(1, dtype=torch.long, device=self._ptfix_turn.base.device)
         return model_kwargs
@@ -160,7 +194,8 @@ class _SoftPromptView:
 
 
 class _Text:
-    """One step's text in virtual coordinates: ``[soft prompt | user's embeddings | tokens]``, any span of which can be fed."""
+    """One step's text in virtual coordinates: ``[soft prompt | user's embeddings | tokens]``, any span of which can
+    be fed."""
 
     def __init__(
         self,
@@ -188,17 +223,22 @@ class _Text:
         """Model inputs for positions `start` to `stop`, by the base model's own rules."""
         virtual_ids = torch.cat((self.placeholders, self.input_ids), dim=1)[:, :stop]
         mask = None if self.attention_mask is None else self.attention_mask[:, :stop]
-        options = {name: value for name, value in options.items() if name != "token_type_ids"}  # as the training forward
+        options = {
+            name: value for name, value in options.items() if name != "token_type_ids"
+        }  # as the training forward
         if options.get("position_ids") is not None:
             options["position_ids"] = self._positions(options["position_ids"])[..., start:stop]
         if options.get("cache_position") is not None:
             options["cache_position"] = torch.arange(start, stop, device=virtual_ids.device)
         if "next_sequence_length" in options:
             options["next_sequence_length"] = stop - start
-        prepare = super(_SoftPromptView, self.owner).prepare_inputs_for_generation
-        inputs: dict[str, Any] = prepare(virtual_ids, past_key_values=past_key_values, attention_mask=mask, **options)
+        inputs: dict[str, Any] = self.owner._host_inputs(
+            virtual_ids, past_key_values=past_key_values, attention_mask=mask, **options
+        )
         inputs.pop("token_type_ids", None)
-        in_prompt = self.placeholders.shape[1] if self.order is None else int(self.turn.pads.max()) + self.placeholders.shape[1]
+        in_prompt = (
+            self.placeholders.shape[1] if self.order is None else int(self.turn.pads.max()) + self.placeholders.shape[1]
+        )
         if start < in_prompt:
             inputs["inputs_embeds"], inputs["input_ids"] = self._embeddings(start, stop), None
         elif inputs["input_ids"].shape[1] != stop - start:
@@ -222,7 +262,8 @@ class _Text:
         return embeddings[:, start - first : stop - first]
 
     def _positions(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """Virtual positions of the whole text. Those of the user, and multi-axis ones, are shifted; others follow from the mask."""
+        """Virtual positions of the whole text. Those of the user, and multi-axis ones, are shifted; others follow
+        from the mask."""
         length = self.placeholders.shape[1] + self.input_ids.shape[1]
         if self.turn.user_positions or position_ids.dim() > 2:
             shape = (*position_ids.shape[:-1], length - position_ids.shape[-1])

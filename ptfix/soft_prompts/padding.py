@@ -9,14 +9,16 @@ import torch
 
 
 def left_pads(attention_mask: torch.Tensor) -> torch.Tensor | None:
-    """How many leading zeros each row of ``attention_mask [batch, tokens]`` has: ``[batch]``, or None where no row has any."""
+    """How many leading zeros each row of ``attention_mask [batch, tokens]`` has: ``[batch]``, or None where no row
+    has any."""
     if bool((attention_mask[:, 0] != 0).all()):
         return None
     return (attention_mask.cumsum(-1) == 0).sum(-1)
 
 
 def pads_first(pads: torch.Tensor, virtual_tokens: int, length: int) -> torch.Tensor:
-    """Index ``[batch, length]`` that turns ``[soft prompt | pads | text]`` into ``[pads | soft prompt | text]``, row by row."""
+    """Index ``[batch, length]`` that turns ``[soft prompt | pads | text]`` into ``[pads | soft prompt | text]``, row
+    by row."""
     place = torch.arange(length, device=pads.device).expand(len(pads), length)
     pads = pads.unsqueeze(1)
     return torch.where(

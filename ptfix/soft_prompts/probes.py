@@ -1,6 +1,7 @@
 """Is the installed pair wrong? Asked of the hosts themselves, on a model of a few hundred weights, in milliseconds.
 
-A release nobody has seen is judged by what it does, not by its number. Each probe returns how the host is wrong, or None.
+A release nobody has seen is judged by what it does, not by its number. Each probe returns how the host is wrong, or
+None.
 """
 
 from __future__ import annotations
@@ -19,18 +20,28 @@ _VIRTUAL_TOKENS = 2
 
 
 def generation_fault() -> str | None:
-    """Does generate() of a prompt-tuned model differ from its training forward, in any of the modes that have ever been wrong?"""
+    """Does generate() of a prompt-tuned model differ from its training forward, in any of the modes that have ever
+    been wrong?"""
     from peft import PromptTuningConfig
 
     with _aside():
         model = _tiny(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=_VIRTUAL_TOKENS))
         ids = torch.tensor([[3, 4, 5, 6]])
-        padded = {"input_ids": torch.tensor([[0, 4, 5, 6], [3, 4, 5, 6]]), "attention_mask": torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])}
+        padded = {
+            "input_ids": torch.tensor([[0, 4, 5, 6], [3, 4, 5, 6]]),
+            "attention_mask": torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]),
+        }
         return (
-            _differs("a left-padded batch", lambda: model.generate(**padded, **_TWO)[0, 4:], _truth(model, ids[:, 1:], 2))
+            _differs(
+                "a left-padded batch", lambda: model.generate(**padded, **_TWO)[0, 4:], _truth(model, ids[:, 1:], 2)
+            )
             or _differs("greedy decoding", lambda: model.generate(input_ids=ids, **_TWO)[0, 4:], _truth(model, ids, 2))
             or _differs("a second turn", lambda: _second_turn(model, ids), _second_truth(model, ids))
-            or _differs("a static cache", lambda: model.generate(input_ids=ids, cache_implementation="static", **_TWO)[0, 4:], _truth(model, ids, 2))
+            or _differs(
+                "a static cache",
+                lambda: model.generate(input_ids=ids, cache_implementation="static", **_TWO)[0, 4:],
+                _truth(model, ids, 2),
+            )
         )
 
 
@@ -55,7 +66,11 @@ def prefix_forward_fault() -> str | None:
         gradients = []
         for checkpointing in (False, True):
             config = PrefixTuningConfig(
-                task_type="CAUSAL_LM", num_virtual_tokens=_VIRTUAL_TOKENS, num_layers=1, num_attention_heads=2, token_dim=8
+                task_type="CAUSAL_LM",
+                num_virtual_tokens=_VIRTUAL_TOKENS,
+                num_layers=1,
+                num_attention_heads=2,
+                token_dim=8,
             )
             try:
                 model = _tiny(config).train()

@@ -1,6 +1,7 @@
 """The truth: what an adapter's own training forward says, recomputed in full for every token.
 
-No generate(), no cache, no padding, one row at a time. Slow on purpose: this is what `verify`, `demo` and the tests compare with.
+No generate(), no cache, no padding, one row at a time. Slow on purpose: this is what `verify`, `demo` and the tests
+compare with.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The training forward of a soft prompt: what the base model is given on the way.
 
-peft's own ``forward`` builds the inputs; these functions run it on a shallow view of the PeftModel whose base model passes through us.
-So labels, losses and methods nobody listed stay peft's business, and nothing shared is changed.
+peft's own ``forward`` builds the inputs; these functions run it on a shallow view of the PeftModel whose base model
+passes through us. So labels, losses and methods nobody listed stay peft's business, and nothing shared is changed.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def origin(base: Any) -> Any:
 def padding_aside(base: Any, kwargs: dict[str, Any], virtual_tokens: int) -> tuple[Any, dict[str, Any]]:
     """Let padding on the left not come between a text and its soft prompt (peft#1093).
 
-    Positions are counted by the mask; padding stands in front of `virtual_tokens` embeddings (0 for a prefix, which stands in the
-    cache). Whoever called sees logits in the order of the inputs.
+    Positions are counted by the mask; padding stands in front of `virtual_tokens` embeddings (0 for a prefix, which
+    stands in the cache). Whoever called sees logits in the order of the inputs.
     """
     mask = kwargs.get("attention_mask")
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
@@ -88,7 +88,8 @@ class _InOrder:
 
 
 def prefix_is_read(base: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Let every layer see the prefix: with ``use_cache=False`` some models skip it, with gradient checkpointing all do (peft#869)."""
+    """Let every layer see the prefix: with ``use_cache=False`` some models skip it, with gradient checkpointing all
+    do (peft#869)."""
     if kwargs.get("attention_mask") is None:
         # Without a mask gemma2 and gemma3 (4.44-4.53) take the new tokens for the whole text.
         fed = _fed(kwargs)
@@ -112,8 +113,8 @@ def _fed(kwargs: dict[str, Any]) -> torch.Tensor:
 def _checkpointed(base: Any, layers: torch.nn.ModuleList) -> Any:
     """A view of the base model with the host's checkpointing off and ours around each decoder layer.
 
-    The host keeps the cache from a checkpointed layer, since running the layer again would append to it again. With a replayable
-    cache it may stay.
+    The host keeps the cache from a checkpointed layer, since running the layer again would append to it again. With a
+    replayable cache it may stay.
     """
 
     def edit(view: Any, module: torch.nn.Module) -> None:

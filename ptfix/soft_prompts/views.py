@@ -1,6 +1,7 @@
 """Shallow views of modules: the same weights and children, attributes of their own.
 
-Whatever is set on a view, nobody else sees it: there is nothing to restore after an exception, and no other thread to disturb.
+Whatever is set on a view, nobody else sees it: there is nothing to restore after an exception, and no other thread to
+disturb.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ import torch
 def shallow(module: Any, **attributes: Any) -> Any:
     """A view of one module. Its children are the module's own."""
     view = copy.copy(module)
-    for name in ("_modules", "_parameters", "_buffers"):  # else a module assigned to the view (a cache is one in 4.44) lands on both
+    for name in (
+        "_modules",
+        "_parameters",
+        "_buffers",
+    ):  # else a module assigned to the view (a cache is one in 4.44) lands on both
         view.__dict__[name] = copy.copy(module.__dict__[name])
     view.__dict__.update(attributes)
     return view

@@ -1,6 +1,7 @@
 """Tiny random models of every architecture, and adapters of every method, made without a hub.
 
-Weights are sharpened: with the default initialisation a tiny model answers the same whatever it reads, and a test passes by accident.
+Weights are sharpened: with the default initialisation a tiny model answers the same whatever it reads, and a test
+passes by accident.
 """
 
 from __future__ import annotations
@@ -51,7 +52,12 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("BloomConfig", {"hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": HEADS}),
     "falcon": (
         "FalconConfig",
-        {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "new_decoder_architecture": False},
+        {
+            "hidden_size": HIDDEN,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+            "new_decoder_architecture": False,
+        },
     ),
 }
 

@@ -1,11 +1,13 @@
 """Every way of generating and training, each compared with the adapter's own training forward.
 
-A mode is a function of a `Bench`. It returns pairs (got, truth) of tensors; token ids must be equal, floats close (1e-3). The same
-function runs on the bare base model first: what the host cannot do without an adapter is the host's (`host`).
+A mode is a function of a `Bench`. It returns pairs (got, truth) of tensors; token ids must be equal, floats close
+(1e-3). The same function runs on the bare base model first: what the host cannot do without an adapter is the host's
+(`host`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import tempfile
 import threading
@@ -86,7 +88,9 @@ def left_padded(bench: Bench) -> tuple[torch.Tensor, torch.Tensor, list[torch.Te
 
 
 def greedy(b: Bench) -> Pairs:
-    return [(b.generate(input_ids=b.ids, attention_mask=ones(b.ids)), b.truth(b.ids)[0])]  # which is not the base's: see bench()
+    return [
+        (b.generate(input_ids=b.ids, attention_mask=ones(b.ids)), b.truth(b.ids)[0])
+    ]  # which is not the base's: see bench()
 
 
 def plain(b: Bench) -> torch.Tensor:
@@ -134,7 +138,8 @@ def beam_search(b: Bench, beams: int = 3) -> Pairs:
         for score, ids in alive:
             best = b.logits(ids).log_softmax(-1)[0].topk(beams)
             wider += [
-                (score + s, torch.cat((ids, t.view(1, 1)), 1)) for s, t in zip(best.values.tolist(), best.indices, strict=True)
+                (score + s, torch.cat((ids, t.view(1, 1)), 1))
+                for s, t in zip(best.values.tolist(), best.indices, strict=True)
             ]
         alive = sorted(wider, key=lambda item: -item[0])[:beams]
     return [(out, alive[0][1])]
@@ -164,7 +169,7 @@ def repetition_penalty(b: Bench, penalty: float = 3.0) -> Pairs:
 def early_eos(b: Bench) -> Pairs:
     truth = b.truth(b.ids)[0]
     eos = int(truth[0, text(b) + 2])
-    stop = truth[0, text(b):].tolist().index(eos) + 1
+    stop = truth[0, text(b) :].tolist().index(eos) + 1
     out = b.generate(input_ids=b.ids, attention_mask=ones(b.ids), eos_token_id=eos)
     return [(out, truth[:, : text(b) + stop])]
 
@@ -205,7 +210,9 @@ def static_cache_left_padded(b: Bench) -> Pairs:
 def own_dynamic_cache(b: Bench) -> Pairs:
     from transformers import DynamicCache
 
-    return [(b.generate(input_ids=b.ids, attention_mask=ones(b.ids), past_key_values=DynamicCache()), b.truth(b.ids)[0])]
+    return [
+        (b.generate(input_ids=b.ids, attention_mask=ones(b.ids), past_key_values=DynamicCache()), b.truth(b.ids)[0])
+    ]
 
 
 def _second_turn(b: Bench, new: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -230,7 +237,7 @@ def multi_turn_long(b: Bench) -> Pairs:
 def inputs_embeds(b: Bench) -> Pairs:
     embeds = b.base.get_input_embeddings()(b.ids)
     out = b.generate(inputs_embeds=embeds.detach(), attention_mask=ones(b.ids))
-    return [(out[:, -NEW:], b.truth(b.ids)[0][:, text(b):])]
+    return [(out[:, -NEW:], b.truth(b.ids)[0][:, text(b) :])]
 
 
 def chunked_prefill(b: Bench) -> Pairs:
@@ -292,7 +299,10 @@ def two_threads(b: Bench) -> Pairs:
         model, ids = texts[name]
         try:
             results[name] = b.generate(
-                model=model, input_ids=ids, attention_mask=ones(ids), logits_processor=LogitsProcessorList([_Meet(barrier)])
+                model=model,
+                input_ids=ids,
+                attention_mask=ones(ids),
+                logits_processor=LogitsProcessorList([_Meet(barrier)]),
             )
         except BaseException as error:
             barrier.abort()
@@ -320,10 +330,8 @@ def interrupted(b: Bench) -> Pairs:
     """After Ctrl-C inside generate() the base model answers as before, and so does the adapter."""
     before = plain(b)
     attributes = {name: id(value) for name, value in vars(b.base).items()}
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         b.generate(input_ids=b.ids, attention_mask=ones(b.ids), logits_processor=LogitsProcessorList([_Interrupt()]))
-    except KeyboardInterrupt:
-        pass
     after = plain(b)
     same = attributes == {name: id(value) for name, value in vars(b.base).items()}
     return [(after, before), (torch.tensor(same), torch.tensor(True)), *greedy(b)]
@@ -334,7 +342,9 @@ def disabled(b: Bench) -> Pairs:
     if b.bare:
         return greedy(b)
     with b.model.disable_adapter():
-        off = b.model.generate(input_ids=b.ids, attention_mask=ones(b.ids), max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+        off = b.model.generate(
+            input_ids=b.ids, attention_mask=ones(b.ids), max_new_tokens=NEW, do_sample=False, pad_token_id=0
+        )
     return [(off, plain(b)), *greedy(b)]
 
 
@@ -346,7 +356,10 @@ def left_padded_forward(b: Bench) -> Pairs:
     with torch.no_grad():
         logits = b.model(input_ids=ids, attention_mask=mask, **options).logits[:, -1].float()
         # Without each row's first token: what a position before it says depends on the method.
-        first = [ids.masked_fill(mask.cumsum(-1) < 2, -100), *(row.masked_fill(ones(row).cumsum(-1) < 2, -100) for row in rows)]
+        first = [
+            ids.masked_fill(mask.cumsum(-1) < 2, -100),
+            *(row.masked_fill(ones(row).cumsum(-1) < 2, -100) for row in rows),
+        ]
         loss = b.model(input_ids=ids, attention_mask=mask, labels=first[0], **options).loss
         alone = [
             b.model(input_ids=row, labels=labels, **task_ids(b.method, 1)).loss
@@ -407,7 +420,8 @@ def gradient_checkpointing(b: Bench) -> Pairs:
 
 
 def hard_prompt(b: Bench) -> Pairs:
-    """A soft prompt made of real tokens is a hard prompt: the base model reading them in front says the same. No peft in this truth."""
+    """A soft prompt made of real tokens is a hard prompt: the base model reading them in front says the same. No peft
+    in this truth."""
     if b.bare or b.method not in ("prompt_tuning", "prefix_tuning"):
         return []
     model = wrap(b.base, b.method)
@@ -430,7 +444,12 @@ def hard_prompt(b: Bench) -> Pairs:
 def _keys_and_values(base: Any, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     # By generate(), since some releases make a gemma cache nowhere else.
     cache = base.generate(
-        input_ids=ids, attention_mask=ones(ids), max_new_tokens=1, do_sample=False, pad_token_id=0, return_dict_in_generate=True
+        input_ids=ids,
+        attention_mask=ones(ids),
+        max_new_tokens=1,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
     ).past_key_values
     if hasattr(cache, "layers"):
         return [(layer.keys, layer.values) for layer in cache.layers]
@@ -508,7 +527,8 @@ def bare(architecture: str) -> Bench:
 
 
 def judge(mode: str, bench: Bench) -> str:
-    """Run a mode: `exact`, `wrong: ...` (no error, wrong numbers), `raises: ...`, or `none` where there is nothing to compare."""
+    """Run a mode: `exact`, `wrong: ...` (no error, wrong numbers), `raises: ...`, or `none` where there is nothing to
+    compare."""
     for owner in (vars(bench.base), bench.base._modules):
         owner.pop("_cache", None)  # or a mode passes by what the one before it left behind
     verdict = "none"
@@ -530,7 +550,8 @@ def judge(mode: str, bench: Bench) -> str:
 
 
 def host_can(outcomes: dict[str, str], mode: str) -> bool:
-    """Can the bare base model do `mode`, by its own outcomes? A host whose cached scores are inexact can do no cached mode."""
+    """Can the bare base model do `mode`, by its own outcomes? A host whose cached scores are inexact can do no cached
+    mode."""
     uncached = mode in ("no_cache", "left_padded_forward", "training", "gradient_checkpointing")
     if not uncached and outcomes.get("output_scores", "exact") != "exact":
         return False

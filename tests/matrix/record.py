@@ -12,9 +12,10 @@ from packaging.version import Version
 
 MATRIX = Path(__file__).parents[2] / "compat_matrix.yaml"
 HEAD = """\
-# Evidence: exact pins and what a run measured there (`nox -s matrix`). Written by tests/matrix/run.py, never by hand; windows live
-# beside each fix, in code. In a cell, `stock` and `ptfix` hold for each method and architecture one letter per entry of `modes`:
-#   =  equal to the training forward    x  wrong, silently    !  raises    h  the bare base model cannot do it either    .  not there
+# Evidence: exact pins and what a run measured there (`nox -s matrix`). Written by tests/matrix/run.py, never by hand;
+# windows live beside each fix, in code. In a cell, `stock` and `ptfix` hold for each method and architecture one
+# letter per entry of `modes`:   =  equal to the training forward    x  wrong, silently    !  raises    h  the bare
+# base model cannot do it either    .  not there
 """
 
 

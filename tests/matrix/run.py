@@ -1,7 +1,8 @@
-"""Measure the installed pair: every mode x method x architecture, stock and with ptfix. Writes one cell of compat_matrix.yaml.
+"""Measure the installed pair: every mode x method x architecture, stock and with ptfix. Writes one cell of
+compat_matrix.yaml.
 
-    python -m tests.matrix.run --record          # all of it, into the matrix
-    python -m tests.matrix.run --architectures llama,gpt2 --methods prompt_tuning --modes greedy,multi_turn
+python -m tests.matrix.run --record          # all of it, into the matrix
+python -m tests.matrix.run --architectures llama,gpt2 --methods prompt_tuning --modes greedy,multi_turn
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def pins() -> dict[str, str]:
 
 
 def measure(architectures: list[str], methods: list[str], modes: list[str], stock: bool) -> dict[str, Any]:
-    """The cell: for each runner, method and architecture one letter per mode, and the words behind what is not exact."""
+    """The cell: for each runner, method and architecture one letter per mode, and the words behind what is not
+    exact."""
     import torch
     from tqdm import tqdm
 
@@ -75,7 +77,9 @@ def measure(architectures: list[str], methods: list[str], modes: list[str], stoc
                         outcome = "host"
                     letters += LETTERS[outcome.split(":")[0]]
                     if runner == "ptfix" and outcome.split(":")[0] in ("wrong", "raises"):
-                        faults.append({"mode": mode, "method": method, "architecture": architecture, "outcome": outcome})
+                        faults.append(
+                            {"mode": mode, "method": method, "architecture": architecture, "outcome": outcome}
+                        )
                 grid[runner][method][architecture] = letters
     progress.close()
     ptfix.apply()
@@ -95,7 +99,9 @@ def measure(architectures: list[str], methods: list[str], modes: list[str], stoc
 
 def counts(rows: dict[str, dict[str, str]]) -> dict[str, int]:
     words = {letter: word for word, letter in LETTERS.items()}
-    total = Counter(words[letter] for by_architecture in rows.values() for row in by_architecture.values() for letter in row)
+    total = Counter(
+        words[letter] for by_architecture in rows.values() for row in by_architecture.values() for letter in row
+    )
     return {word: total[word] for word in ("exact", "wrong", "raises", "host")}
 
 

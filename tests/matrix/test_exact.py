@@ -1,0 +1,51 @@
+"""The installed pair, with ptfix: every mode of generating and training equals the adapter's own training forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import ptfix
+from tests.matrix import modes
+from tests.matrix.models import ARCHITECTURES, METHODS, NotInThisPair
+
+#: Sliding windows count places in the cache. A prefix stands at its start and padding after it, so in a padded row that
+#: outgrows the window the prefix is further away than in the row alone. ptfix warns of it; the README says so.
+LIMITS = {
+    (mode, method, architecture)
+    for mode in ("left_padded_batch", "static_cache_left_padded")
+    for method in ("prefix_tuning", "prefix_projection")
+    for architecture in ("gemma2", "gemma3_text")
+}
+
+PAIRS = [(architecture, method) for architecture in ARCHITECTURES for method in ("prompt_tuning", "prefix_tuning")]
+PAIRS += [(architecture, method) for architecture in ("llama", "gpt2") for method in METHODS]
+
+
+@pytest.fixture(autouse=True)
+def applied() -> Iterator[None]:
+    ptfix.apply()
+    torch.set_num_threads(1)
+    yield
+    ptfix.revert()
+
+
+@pytest.mark.parametrize(("architecture", "method"), sorted(set(PAIRS)))
+def test_every_mode_is_exact(architecture: str, method: str) -> None:
+    try:
+        host = modes.bare(architecture)
+        bench = modes.bench(architecture, method)
+    except NotInThisPair as reason:
+        pytest.skip(str(reason))
+    can = {mode: modes.judge(mode, host) for mode in modes.MODES}
+    outcomes = {mode: modes.judge(mode, bench) for mode in modes.MODES}
+    faults = {
+        mode: outcome
+        for mode, outcome in outcomes.items()
+        if outcome not in ("exact", "none") and modes.host_can(can, mode) and (mode, method, architecture) not in LIMITS
+    }
+    assert not faults
+    assert outcomes["greedy"] == "exact"
+    assert outcomes["output_scores"] == "exact" or not modes.host_can(can, "output_scores")
