@@ -47,7 +47,7 @@ def _applied() -> Iterator[None]:
     ptfix.revert()
 
 
-@pytest.fixture(params=["llama", "qwen2"], scope="module")
+@pytest.fixture(params=["llama", "bloom"], scope="module")
 def pretrained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a model and its tokenizer, as from_pretrained() reads it."""
     folder = str(tmp_path_factory.mktemp(request.param))
@@ -139,7 +139,7 @@ def test_text_init_starts_from_the_embeddings_of_the_text(run: Run, pretrained: 
 def test_training_lowers_the_loss_and_moves_only_the_prompt(run: Run, pretrained: str) -> None:
     losses = [entry["loss"] for entry in run.trainer.state.log_history if "loss" in entry]
     assert len(losses) == 20
-    assert sum(losses[-4:]) < sum(losses[:4]) / 2
+    assert sum(losses[-4:]) < 0.75 * sum(losses[:4])
     assert not torch.equal(run.model.get_prompt_embedding_to_save("default"), run.initial_prompt)
     for name, weight in AutoModelForCausalLM.from_pretrained(pretrained).named_parameters():
         assert torch.equal(weight, run.model.base_model.get_parameter(name)), name
