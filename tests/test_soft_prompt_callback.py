@@ -122,10 +122,8 @@ def test_a_generate_that_ignores_the_prompt_is_reported_in_every_pair(
 
 
 def test_a_prompt_without_effect_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = prompted()
-    callback = SoftPromptCallback()
-    trainer = train(model, tmp_path, [])
-    callback.on_train_end(trainer.args, trainer.state, trainer.control, model=powerless(model))
+    trainer = train(prompted(), tmp_path, [])
+    SoftPromptCallback().on_train_end(trainer.args, trainer.state, trainer.control, model=powerless(prompted()))
     (message,) = warned(caplog)
     assert "no effect" in message
     assert "ptfix.apply()" not in message  # it would not help

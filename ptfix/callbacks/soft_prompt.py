@@ -58,7 +58,7 @@ class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]  # the hosts ar
         if model is None or not state.is_world_process_zero or _is_sharded(args, model):
             return
         try:
-            problem = self._problem(args, model, given.get("train_dataloader"))
+            problem = self._problem(model, given.get("train_dataloader"))
         except Exception as error:
             if self.on_problem == "raise":
                 raise
@@ -72,20 +72,18 @@ class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]  # the hosts ar
             self._warned.add(problem)
             logger.warning(problem)
 
-    def _problem(self, args: Any, model: Any, dataloader: Any) -> str | None:
+    def _problem(self, model: Any, dataloader: Any) -> str | None:
         import torch
 
         from ptfix.soft_prompts import check
 
-        low = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        precision = next((dtype for name, dtype in low.items() if getattr(args, name, False)), None)
         rows = self.rows
         if rows is None:
             with check.undisturbed(model):  # a data set may draw random numbers
                 rows = [_first_row(dataloader, model.base_model)]
         for row in rows:
             ids = torch.tensor([list(row)]) if row else None
-            result = check.check(model, ids, self.new_tokens, precision)
+            result = check.check(model, ids, self.new_tokens)
             if not result.good:
                 return result.sentence + (_advice() if result.acts else "")
         return None

@@ -40,12 +40,7 @@ class Check:
         return self.acts and self.exact
 
 
-def check(
-    peft_model: Any,
-    input_ids: torch.Tensor | None = None,
-    new_tokens: int = 4,
-    precision: torch.dtype | None = None,
-) -> Check:
+def check(peft_model: Any, input_ids: torch.Tensor | None = None, new_tokens: int = 4) -> Check:
     """Compare generate() with the training forward, and both with the base model, on one row.
 
     The model comes back as it was: mode, random state, generation settings, gradients.
@@ -53,10 +48,9 @@ def check(
     Args:
         peft_model: with an active decoder-only soft prompt, also wrapped by DDP or torch.compile.
         input_ids: ``[1, tokens]`` without padding; None: a few tokens of the vocabulary.
-        precision: the coarsest dtype that is computed in, where the weights do not tell (autocast).
     """
     peft_model = unwrap(peft_model)
-    asked = Asked(peft_model, new_tokens, precision)
+    asked = Asked(peft_model, new_tokens)
     base = peft_model.base_model
     row = any_row(base, seed=0) if input_ids is None else input_ids.to(asked.device)
     with undisturbed(peft_model):
@@ -146,7 +140,6 @@ class Asked:
 
     model: Any
     new_tokens: int
-    precision: torch.dtype | None = None
     _truths: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @property
@@ -175,8 +168,6 @@ class Asked:
     @property
     def _epsilon(self) -> float:
         dtypes = {parameter.dtype for parameter in self.base.parameters()}
-        if self.precision is not None:
-            dtypes.add(self.precision)
         # Quantised weights are no floating point numbers and not finer than the coarsest of these.
         epsilons = (torch.finfo(dtype if dtype.is_floating_point else torch.bfloat16).eps for dtype in dtypes)
         return float(max(epsilons))
@@ -239,9 +230,10 @@ class Asked:
 
 @contextmanager
 def undisturbed(peft_model: Any) -> Iterator[None]:
-    """Eval mode and plain greedy settings inside; mode of every module, settings and random state as before afterwards.
+    """Eval mode, plain greedy settings and no autocast inside; all that and the random state as before afterwards.
 
-    The settings a model ships with (a repetition penalty, an eos) would make a right generate() look wrong.
+    The settings a model ships with (a repetition penalty, an eos) would make a right generate() look wrong. So would
+    accelerate's autocast, which it hangs on forward() and not on generate().
     """
     from transformers import GenerationConfig
 
@@ -250,15 +242,20 @@ def undisturbed(peft_model: Any) -> Iterator[None]:
     owners = [peft_model, base, *([base.model] if isinstance(getattr(base, "model", None), torch.nn.Module) else [])]
     settings = [vars(owner).get("generation_config") for owner in owners]
     modes = [(module, module.training) for module in peft_model.modules()]
+    accelerated = vars(peft_model).get("forward") if "_original_forward" in vars(peft_model) else None
     devices = {parameter.device for parameter in peft_model.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=[device.index or 0 for device in devices]):
         try:
             peft_model.eval()
+            if accelerated is not None:
+                peft_model.forward = peft_model._original_forward
             base.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=0)
             yield
         finally:
             for module, training in modes:
                 module.training = training
+            if accelerated is not None:
+                peft_model.forward = accelerated
             for owner, setting in zip(owners, settings, strict=True):
                 vars(owner).pop("generation_config", None)
                 if setting is not None:
