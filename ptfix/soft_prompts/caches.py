@@ -44,6 +44,21 @@ def length(past_key_values: Any) -> int:
     return int(past_key_values.get_seq_length() or 0)
 
 
+class OnLayers:
+    """The static cache of transformers 4.38 to 4.41: a piece hung on each attention module, and none handed around."""
+
+    def __init__(self, base_model: Any) -> None:
+        hung = (vars(module).get("past_key_value") for module in base_model.modules())
+        self.pieces = [piece for piece in hung if piece is not None]
+
+    def get_seq_length(self) -> int:
+        return int(self.pieces[0].get_seq_length())
+
+    def update(self, *args: Any) -> Any:
+        # Up to 4.41 a static cache that is not empty is attended to as if it were (no causal mask).
+        raise NotImplementedError("prefix tuning with a static cache needs transformers 4.42 or newer.")
+
+
 def crop(past_key_values: Any, positions: int) -> Any:
     """The cache with only its first `positions` positions; raises ValueError for a cache that cannot forget."""
     if past_key_values is None or length(past_key_values) <= positions:
@@ -125,12 +140,15 @@ def told_its_size(past_key_values: Any, positions: int, base_model: Any) -> Any:
     return past_key_values
 
 
-def replayable(past_key_values: Any) -> Any:
-    """A cache whose update() answers as ever but stores nothing, so that a checkpointed layer can be run twice."""
-    if not is_cache(past_key_values):
-        return past_key_values  # a legacy tuple never changes
-    view = copy.copy(past_key_values)
-    view.__class__ = _replayable_class(type(past_key_values))
+def replayable(value: Any) -> Any:
+    """A Cache whose update() answers as ever but stores nothing, so that a checkpointed layer can be run twice.
+
+    Anything else, a legacy tuple too, never changes and is returned as it is.
+    """
+    if not is_cache(value):
+        return value
+    view = copy.copy(value)
+    view.__class__ = _replayable_class(type(value))
     return view
 
 

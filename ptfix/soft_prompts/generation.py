@@ -72,6 +72,7 @@ class _Turn:
     chunk: int | None = None  #: prefill at most so many tokens at once
     hidden: int | None = None  #: real tokens that are not in the ids; None before the first step
     pads: torch.Tensor | None = None  #: ``[batch]``, padding on the left of each row
+    on_layers: caches.OnLayers | None = None
     warned: bool = False
 
     def begin(self, given: int, cached: int, embedded: bool, mask: torch.Tensor | None) -> None:
@@ -115,6 +116,8 @@ class _SoftPromptView:
         if not kwargs.get("use_cache", True):
             # Up to 4.44 generate() hands out a cache here all the same.
             past_key_values = None
+        if past_key_values is None:
+            past_key_values = turn.on_layers
         cached = caches.length(past_key_values)
         if turn.hidden is None:
             turn.begin(given, cached, inputs_embeds is not None, attention_mask)
@@ -179,6 +182,13 @@ class _SoftPromptView:
         model_kwargs["cache_position"] = torch.zeros(1, dtype=torch.long, device=self._ptfix_turn.base.device)
         return model_kwargs
 
+    def _setup_cache(self, *args: Any, **kwargs: Any) -> None:  # transformers 4.38 to 4.41
+        # Hung on the attention modules: the view needs its own, or a failure leaves the base model with a cache.
+        for name, child in self._modules.items():  # type: ignore[attr-defined]
+            self._modules[name] = views.tree(child, lambda view, module: None)  # type: ignore[attr-defined]
+        self._more_room("_setup_cache", *args, **kwargs)
+        self._ptfix_turn.on_layers = caches.OnLayers(self)
+
     def _more_room(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Call the host's maker of fixed-size caches, which sizes them for real tokens only."""
         maker = getattr(super(), name)
@@ -223,17 +233,17 @@ class _Text:
         """Model inputs for positions `start` to `stop`, by the base model's own rules."""
         virtual_ids = torch.cat((self.placeholders, self.input_ids), dim=1)[:, :stop]
         mask = None if self.attention_mask is None else self.attention_mask[:, :stop]
-        options = {
-            name: value for name, value in options.items() if name != "token_type_ids"
-        }  # as the training forward
+        # Without token_type_ids, as the training forward.
+        options = {name: value for name, value in options.items() if name != "token_type_ids"}
         if options.get("position_ids") is not None:
             options["position_ids"] = self._positions(options["position_ids"])[..., start:stop]
         if options.get("cache_position") is not None:
             options["cache_position"] = torch.arange(start, stop, device=virtual_ids.device)
         if "next_sequence_length" in options:
             options["next_sequence_length"] = stop - start
+        handed_on = None if past_key_values is self.turn.on_layers else past_key_values
         inputs: dict[str, Any] = self.owner._host_inputs(
-            virtual_ids, past_key_values=past_key_values, attention_mask=mask, **options
+            virtual_ids, past_key_values=handed_on, attention_mask=mask, **options
         )
         inputs.pop("token_type_ids", None)
         in_prompt = (
@@ -243,6 +253,9 @@ class _Text:
             inputs["inputs_embeds"], inputs["input_ids"] = self._embeddings(start, stop), None
         elif inputs["input_ids"].shape[1] != stop - start:
             inputs["input_ids"] = virtual_ids[:, start:]
+        if self.turn.on_layers is not None:  # 4.38 counts its own way where it holds no cache
+            inputs["position_ids"] = inputs["position_ids"][:, start - stop :]
+            inputs["cache_position"] = torch.arange(start, stop, device=virtual_ids.device)
         return inputs
 
     def _embeddings(self, start: int, stop: int) -> torch.Tensor:

@@ -99,7 +99,6 @@ def prefix_is_read(base: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, An
     kwargs["past_key_values"] = caches.told_its_size(kwargs["past_key_values"], kwargs["attention_mask"].shape[1], base)
     kwargs["use_cache"] = True  # how the prefix comes in; what is added to the cache goes with the outputs
     if base.training and any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
-        kwargs["past_key_values"] = caches.replayable(kwargs["past_key_values"])
         base = _checkpointed(base, _decoder_layers(base))
     return base, kwargs
 
@@ -128,6 +127,9 @@ def _checkpointed(base: Any, layers: torch.nn.ModuleList) -> Any:
 
 
 def _run_twice(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # Here rather than once for the model: some releases give their layers a copy of the cache.
+    args = tuple(caches.replayable(value) for value in args)
+    kwargs = {name: caches.replayable(value) for name, value in kwargs.items()}
     # Not reentrant: the prefix reaches the layer through the cache, where a reentrant checkpoint sees no gradient.
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
