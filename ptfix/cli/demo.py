@@ -37,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what happened; 1 where ptfix does not say what training said, else 0."""
+    """Print what happened; 1 where nothing was learned or ptfix does not say what training said, else 0."""
     model_file = smollm2.find()
     if model_file is None:
         raise UsageError(smollm2.MISSING)
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(problem)
     findings = examine(model_file)
     print(json.dumps(findings, indent=2) if args.json else _text(findings))
-    return 0 if findings["exact"] else 1
+    return 0 if findings["learned"] and findings["exact"] else 1
 
 
 def examine(model_file: Path) -> dict[str, Any]:
@@ -126,6 +126,9 @@ def _train_and_ask(base: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
             for question, mode, row in zip((*modes.QUESTIONS, modes.FOLLOW_UP), _SHOWN, talk.rows(), strict=True)
             if able[mode]
         ],
+        # Where the adapter changes nothing, every way of losing it is exact.
+        "learned": trained.losses[-1] < trained.losses[0]
+        and not any(talk.truth(row).equal(talk.plain(row)) for row in talk.rows()),
         "exact": all(fixed[mode].exact for mode in modes.MODES if able[mode]),
     }
 
@@ -150,7 +153,11 @@ def _text(findings: dict[str, Any]) -> str:
     for answer in findings["answers"]:
         lines += ["", f"{answer['question']}  ({answer['mode']})"]
         lines += [f"  {who:5}  {' '.join(answer[who].split())[:200]}" for who in ("base", "stock", "ptfix", "truth")]
-    verdict = "ptfix says what training said" if findings["exact"] else "PROBLEM: ptfix does not say what training said"
+    verdict = "ptfix says what training said"
+    if not findings["exact"]:
+        verdict = "PROBLEM: ptfix does not say what training said"
+    if not findings["learned"]:
+        verdict = "PROBLEM: the soft prompt learned nothing, so nothing is shown"
     return "\n".join([*lines, "", f"{verdict} ({findings['seconds']:.0f} s)"])
 
 

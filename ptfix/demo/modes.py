@@ -12,8 +12,8 @@ from ptfix.demo import training
 from ptfix.soft_prompts import reference
 
 NEW_TOKENS = 28
-QUESTIONS = ("What is the capital of Italy?", "Why is the sky blue, and why is it red at sunset?")
-FOLLOW_UP = "And of Greece?"
+QUESTIONS = ("What is the capital of Italy?", "What is bread made of, and how is it baked?")
+FOLLOW_UP = "What is the capital of Greece?"
 
 #: (row asked [1, tokens], the answer's ids) for each question of a mode
 Answers = list[tuple[torch.Tensor, torch.Tensor]]
