@@ -72,7 +72,7 @@ def matrix_all(session: nox.Session) -> None:
 def matrix_quick(session: nox.Session, transformers: str, peft: str) -> None:
     """The stories' pairs: the test suite's matrix folder, nothing written."""
     _environment(session, transformers, peft)
-    session.run("pytest", "-q", "tests/matrix/test_stories.py", "tests/test_tutorial.py")
+    session.run("pytest", "-q", "tests/matrix", "tests/test_tutorial.py")
 
 
 def _cell(transformers: str, peft: str) -> dict[str, object]:

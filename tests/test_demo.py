@@ -47,13 +47,16 @@ def test_without_the_model_it_says_what_to_install(
 
 @needs_model
 def test_the_model_is_read_right(smollm: tuple[Any, Any]) -> None:
+    import torch
+
     model, tokenizer = smollm
     text = "Hello  world, it's 1234 degrees\n\n  in \u00fcn\u00efcode \u6f22\u5b57 <|im_start|>user"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert tokenizer("<|im_start|>1")["input_ids"] == [1, 33]  # a control token is one, a digit is its own token
 
-    talk = _talk(model, tokenizer, None)
-    assert "Rome" in talk.text(talk.plain(talk.question(0)))
+    for beginning, next_word in (("The capital of France is", " Paris"), ("One, two, three, four,", " five")):
+        logits = model(torch.tensor([tokenizer(beginning)["input_ids"]])).logits
+        assert tokenizer.decode(logits[0, -1].argmax()) == next_word
 
 
 @needs_model

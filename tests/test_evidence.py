@@ -67,3 +67,11 @@ def test_the_matrix_of_this_checkout_can_be_read() -> None:
     for each in evidence.cells():
         assert set(hosts.FLOORS) <= set(each.pins), each.id
     assert len({each.id for each in evidence.cells()}) == len(evidence.cells())
+
+
+def test_the_readme_shows_what_the_matrix_says() -> None:
+    """`python -m tests.matrix.record` writes it."""
+    from tests.matrix import record
+
+    readme = record.README.read_text(encoding="utf-8")
+    assert record.in_readme(readme, record.read()) == readme

@@ -1,4 +1,7 @@
-"""Write measured cells into compat_matrix.yaml, whole and one at a time, in the order of their versions."""
+"""Write measured cells into compat_matrix.yaml, whole and one at a time, in the order of their versions.
+
+`python -m tests.matrix.record` writes the README's table anew from it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ import yaml
 from packaging.version import Version
 
 MATRIX = Path(__file__).parents[2] / "compat_matrix.yaml"
+README = MATRIX.with_name("README.md")
+MARKS = ("<!-- matrix -->\n", "<!-- /matrix -->\n")
 HEAD = """\
 # Evidence: exact pins and what a run measured there (`nox -s matrix`). Written by tests/matrix/run.py, never by hand;
 # windows live beside each fix, in code. In a cell, `stock` and `ptfix` hold for each method and architecture one
@@ -42,3 +47,31 @@ def read(path: Path = MATRIX) -> list[dict[str, Any]]:
         return []
     document = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     return list(document.get("cells") or [])
+
+
+def table(cells: list[dict[str, Any]]) -> str:
+    """What was measured, as the README shows it: one line a pair."""
+    lines = [
+        "| transformers | peft | stock: exact | silently wrong | raises | with ptfix: exact | silently wrong | raises |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for cell in cells:
+        names = f"| {cell['pins']['transformers']} | {cell['pins']['peft']} "
+        if "imports" not in cell:
+            lines.append(names + "| not measured yet | | | | | |")
+        elif not cell["imports"]:
+            lines.append(names + "| cannot be imported | | | | | |")
+        else:
+            numbers = [cell["counts"][who][word] for who in ("stock", "ptfix") for word in ("exact", "wrong", "raises")]
+            lines.append(names + "".join(f"| {number} " for number in numbers) + "|")
+    return "\n".join(lines) + "\n"
+
+
+def in_readme(text: str, cells: list[dict[str, Any]]) -> str:
+    """`text` with the table between its two marks."""
+    before, rest = text.split(MARKS[0])
+    return before + MARKS[0] + table(cells) + MARKS[1] + rest.split(MARKS[1])[1]
+
+
+if __name__ == "__main__":
+    README.write_text(in_readme(README.read_text(encoding="utf-8"), read()), encoding="utf-8")
