@@ -90,12 +90,13 @@ class _InOrder:
 def prefix_is_read(base: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Let every layer see the prefix: with ``use_cache=False`` some models skip it, with gradient checkpointing all
     do (peft#869)."""
+    fed, cached = _fed(kwargs), caches.length(kwargs["past_key_values"])
     if kwargs.get("attention_mask") is None:
         # Without a mask gemma2 and gemma3 (4.44-4.53) take the new tokens for the whole text.
-        fed = _fed(kwargs)
-        kwargs["attention_mask"] = fed.new_ones(
-            (fed.shape[0], fed.shape[1] + caches.length(kwargs["past_key_values"])), dtype=torch.long
-        )
+        kwargs["attention_mask"] = fed.new_ones((fed.shape[0], fed.shape[1] + cached), dtype=torch.long)
+    if kwargs.get("cache_position") is None and "cache_position" in inspect.signature(base.forward).parameters:
+        # gemma2 (4.42-4.44) begins to count at 0 whatever the cache holds.
+        kwargs["cache_position"] = torch.arange(cached, cached + fed.shape[1], device=fed.device)
     kwargs["past_key_values"] = caches.told_its_size(kwargs["past_key_values"], kwargs["attention_mask"].shape[1], base)
     kwargs["use_cache"] = True  # how the prefix comes in; what is added to the cache goes with the outputs
     if base.training and any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):

@@ -62,7 +62,8 @@ def table(cells: list[dict[str, Any]]) -> str:
         elif not cell["imports"]:
             lines.append(names + "| cannot be imported | | | | | |")
         else:
-            numbers = [cell["counts"][who][word] for who in ("stock", "ptfix") for word in ("exact", "wrong", "raises")]
+            words = [(who, word) for who in ("stock", "ptfix") for word in ("exact", "wrong", "raises")]
+            numbers = [cell["counts"][who][word] for who, word in words]
             lines.append(names + "".join(f"| {number} " for number in numbers) + "|")
     return "\n".join(lines) + "\n"
 
