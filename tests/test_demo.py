@@ -70,7 +70,7 @@ def test_the_judge_sees_a_lost_prompt(smollm: tuple[Any, Any], monkeypatch: pyte
     model, tokenizer = smollm
     prompt = torch.tensor(tokenizer("<|im_start|>system\nTalk like a pirate.<|im_end|>\n")["input_ids"])
     adapter = untrained(model, prompt)
-    talk = _talk(model, tokenizer, adapter)
+    talk = modes.Talk(tokenizer, model, adapter)
     assert modes.ask("one question", model, talk).verdict == "WRONG, silently (as without adapter)"
     monkeypatch.setitem(modes.MODES, "broken", lambda model, talk: 1 / 0)
     assert modes.ask("broken", model, talk).verdict == "raises ZeroDivisionError"
@@ -94,9 +94,3 @@ def test_the_whole_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     first = found["answers"][0]
     assert first["ptfix"] == first["truth"] != first["base"]
     assert "ptfix says what training said" in demo._text(found)
-
-
-def _talk(base: Any, tokenizer: Any, adapter: Any) -> Any:
-    from ptfix.demo.modes import Talk
-
-    return Talk(tokenizer, base, adapter)

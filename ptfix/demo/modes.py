@@ -12,7 +12,12 @@ from ptfix.demo import training
 from ptfix.soft_prompts import reference
 
 NEW_TOKENS = 28
-QUESTIONS = ("What is the capital of Italy?", "What is bread made of, and how is it baked?")
+QUESTIONS = ("What is the capital of Italy?", "What is bread made of?")
+#: Stands in a batch beside a short one, which is padded to this length.
+LONG_QUESTION = (
+    "The last time we sailed, the wind came from the north and the sea was cold, and my brother asked me something that "
+    "I could not answer, however long I thought about it, so now I am asking you: why is the sky blue?"
+)
 FOLLOW_UP = "What is the capital of Greece?"
 
 #: (row asked [1, tokens], the answer's ids) for each question of a mode
@@ -29,9 +34,9 @@ class Talk:
     _truths: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
     _plain: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
 
-    def question(self, number: int) -> torch.Tensor:
+    def question(self, text: str) -> torch.Tensor:
         """Ids ``[1, tokens]`` of a question."""
-        return torch.tensor([training.ask(self.tokenizer, QUESTIONS[number])])
+        return torch.tensor([training.ask(self.tokenizer, text)])
 
     def follow_up(self, first_turn: torch.Tensor) -> torch.Tensor:
         """A turn and its answer ``[1, tokens]`` with the next question after them."""
@@ -40,8 +45,8 @@ class Talk:
 
     def rows(self) -> Iterator[torch.Tensor]:
         """Every row that is asked in some mode; the last is a chat of two turns."""
-        first = self.question(0)
-        yield from (first, self.question(1))
+        first, second = map(self.question, QUESTIONS)
+        yield from (first, second)
         yield self.follow_up(torch.cat((first, self.truth(first)[None]), dim=1))
 
     def truth(self, row: torch.Tensor) -> torch.Tensor:
@@ -80,7 +85,7 @@ class Talk:
 
 
 def _one_question(model: Any, talk: Talk, **options: Any) -> Answers:
-    row = talk.question(0)
+    row = talk.question(QUESTIONS[0])
     return [(row, talk.answer(talk.generate(model, row, **options)[0], row))]
 
 
@@ -93,14 +98,14 @@ def _static_cache(model: Any, talk: Talk) -> Answers:
 
 
 def _left_padded(model: Any, talk: Talk) -> Answers:
-    rows = [talk.question(number) for number in range(len(QUESTIONS))]
-    batch = talk.tokenizer.pad({"input_ids": [row[0].tolist() for row in rows]}, return_tensors="pt")
+    long, row = talk.question(LONG_QUESTION), talk.question(QUESTIONS[1])
+    batch = talk.tokenizer.pad({"input_ids": [long[0].tolist(), row[0].tolist()]}, return_tensors="pt")
     out = talk.generate(model, batch["input_ids"], attention_mask=batch["attention_mask"])
-    return [(row, talk.answer(sequence, batch["input_ids"])) for row, sequence in zip(rows, out, strict=True)]
+    return [(row, talk.answer(out[1], batch["input_ids"]))]
 
 
 def _second_turn(model: Any, talk: Talk) -> Answers:
-    row = talk.question(0)
+    row = talk.question(QUESTIONS[0])
     first = talk.generate(model, row, return_dict_in_generate=True)
     if first.past_key_values is None:
         raise NotImplementedError("this transformers returns no cache")
@@ -124,7 +129,7 @@ def _chunked_prefill(model: Any, talk: Talk) -> Answers:
 
 MODES: dict[str, Callable[[Any, Talk], Answers]] = {
     "one question": _one_question,
-    "two questions, left-padded": _left_padded,
+    "batch with padding on the left": _left_padded,
     "second turn, returned cache": _second_turn,
     "use_cache=False": _no_cache,
     "static cache": _static_cache,
