@@ -15,7 +15,7 @@ NEW_TOKENS = 28
 QUESTIONS = ("What is the capital of Italy?", "What is bread made of?")
 #: Stands in a batch beside a short one, which is padded to this length.
 LONG_QUESTION = (
-    "The last time we sailed, the wind came from the north and the sea was cold, and my brother asked me something that "
+    "The last time we sailed, the wind came from the north and the sea was cold, and my brother asked something that "
     "I could not answer, however long I thought about it, so now I am asking you: why is the sky blue?"
 )
 FOLLOW_UP = "What is the capital of Greece?"
