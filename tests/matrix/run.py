@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import platform
+import re
 import sys
 import warnings
 from collections import Counter
@@ -152,7 +153,8 @@ def main() -> int:
 
 def not_importable(error: ImportError) -> dict[str, Any]:
     versions = pins()
-    reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    message = re.sub(r" \(/.*?\)", "", str(error).splitlines()[0])  # without this machine's paths
+    reason = f"{type(error).__name__}: {message}"
     return {"id": "t{transformers}-p{peft}".format(**versions), "pins": versions, "imports": False, "reason": reason}
 
 
