@@ -52,7 +52,7 @@ def read(path: Path = MATRIX) -> list[dict[str, Any]]:
 def table(cells: list[dict[str, Any]]) -> str:
     """What was measured, as the README shows it: one line a pair."""
     lines = [
-        "| transformers | peft | stock: exact | silently wrong | raises | with ptfix: exact | silently wrong | raises |",
+        "| transformers | peft | stock: exact | silently wrong | raises | ptfix: exact | silently wrong | raises |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for cell in cells:
