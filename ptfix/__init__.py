@@ -82,7 +82,12 @@ def _the_patcher() -> Patcher:
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'ptfix' has no attribute {name!r}")
-    room = importlib.import_module(_LAZY[name])
+    try:
+        room = importlib.import_module(_LAZY[name])
+    except ModuleNotFoundError as error:
+        if error.name != _LAZY[name]:
+            raise
+        raise AttributeError(f"ptfix {__version__} has no {name!r} yet") from error
     return room if room.__name__ == f"ptfix.{name}" else getattr(room, name)
 
 

@@ -29,7 +29,8 @@ def has_soft_prompt(peft_model: Any) -> bool:
     disable_adapter() hangs the base model's forward on the PeftModel; that is the one sign all releases of peft share.
     """
     base = peft_model.base_model
-    if not active_config(peft_model).is_prompt_learning or getattr(base.config, "is_encoder_decoder", False):
+    encoder_decoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    if not active_config(peft_model).is_prompt_learning or encoder_decoder:
         return False
     return bool(vars(peft_model).get("forward") != base.forward)
 
