@@ -26,8 +26,9 @@ PINS = {(cell["pins"]["transformers"], cell["pins"]["peft"]): cell["pins"] for c
 #: the oldest, the seeds (KeyError, silent no-op twice), the first of transformers 5; the newest runs in the test suite
 QUICK = [("4.36.2", "0.7.1"), ("4.44.2", "0.11.1"), ("4.45.2", "0.12.0"), ("4.57.6", "0.13.2"), ("5.0.0", "0.18.1")]
 
-if "PIP_FIND_LINKS" in os.environ:  # local wheels: uv has its own name for the same setting
-    os.environ.setdefault("UV_FIND_LINKS", os.environ["PIP_FIND_LINKS"])
+for ours, theirs in (("UV_FIND_LINKS", "PIP_FIND_LINKS"), ("SSL_CERT_FILE", "PIP_CERT")):
+    if theirs in os.environ:  # pip's own settings hold for uv, which names them otherwise
+        os.environ.setdefault(ours, os.environ[theirs])
 
 
 def _environment(session: nox.Session, transformers: str, peft: str) -> None:

@@ -152,10 +152,18 @@ def main() -> int:
 
 
 def not_importable(error: ImportError) -> dict[str, Any]:
+    """The cell of a pair that does not import: why, and what to install instead."""
+    from ptfix import evidence
+
     versions = pins()
     message = re.sub(r" \(/.*?\)", "", str(error).splitlines()[0])  # without this machine's paths
-    reason = f"{type(error).__name__}: {message}"
-    return {"id": "t{transformers}-p{peft}".format(**versions), "pins": versions, "imports": False, "reason": reason}
+    return {
+        "id": "t{transformers}-p{peft}".format(**versions),
+        "pins": versions,
+        "imports": False,
+        "reason": f"{type(error).__name__}: {message}",
+        "remedy": evidence.remedy(),
+    }
 
 
 if __name__ == "__main__":
