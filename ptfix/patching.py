@@ -89,7 +89,7 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _Plan:
-    """A row; and where it says NOT_APPLIED, the places to edit and how the host is broken."""
+    """A row; and where it waits for apply(), the places to edit and how the host is broken."""
 
     row: Row
     places: tuple[tuple[Edit, Any, str], ...] = ()  #: (edit, owner, name)
@@ -249,7 +249,8 @@ def _plan(fix: Fix, problems: Mapping[str, str], disabled: set[str]) -> _Plan:
         return row(Status.UNSUPPORTED, _describe(error))
     if not places:
         return row(Status.UNSUPPORTED, "none of its targets exists in this host")
-    return _Plan(Row(fix.id, Status.NOT_APPLIED, f"needed, call ptfix.apply(): {symptom}"), places, symptom)
+    planned = Row(fix.id, Status.DISABLED, f"needed, call ptfix.apply(): {symptom}", waiting=True)
+    return _Plan(planned, places, symptom)
 
 
 def _resolve(edit: Edit) -> tuple[Any, str] | None:

@@ -12,12 +12,9 @@ class Status(str, Enum):
     """The outcome of one fix."""
 
     APPLIED = "applied"
-    NOT_APPLIED = (
-        "not_applied"  #: needed and possible, but `ptfix.apply()` has not been called; only `status()` says this
-    )
     NOT_NEEDED = "not_needed"  #: outside the affected versions, or probed and found healthy
     UNSUPPORTED = "unsupported"  #: needed, but this host is not as expected; it was left as it is
-    DISABLED = "disabled"  #: named in PTFIX_DISABLE
+    DISABLED = "disabled"  #: off: named in PTFIX_DISABLE, or (`Row.waiting`) ptfix.apply() has not been called
 
     def __str__(self) -> str:
         return self.value
@@ -30,6 +27,7 @@ class Row:
     fix: str
     status: Status
     reason: str
+    waiting: bool = False  #: needed and possible, and only `ptfix.apply()` has not been called
 
 
 @dataclass(frozen=True)

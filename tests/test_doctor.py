@@ -60,9 +60,9 @@ def test_each_fix_with_status_and_why_and_what_would_retire_it(
     assert found["problems"] == []
     assert found["hosts"] == hosts.versions()
     assert [(each["id"], each["status"]) for each in found["fixes"]] == [
-        ("needed", "not_applied"),
+        ("needed", "disabled"),
         ("healthy", "not_needed"),
-        ("forever", "not_applied"),
+        ("forever", "disabled"),
     ]
     assert [each["upgrade"] for each in found["fixes"]] == [["peft>=99"], [], []]
 

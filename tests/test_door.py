@@ -47,7 +47,7 @@ stock = dict(vars(Model))
 assert "get_prompt" not in stock and stock["generate"].__module__ == "peft.peft_model"
 assert not hasattr(stock["generate"], "__wrapped__")
 assert not before or all(stock[name] is before[name] for name in before | stock)
-assert words(ptfix.status()) == ["not_applied", "not_applied"]
+assert words(ptfix.status()) == ["disabled", "disabled"]
 assert all(vars(Model)[name] is stock[name] for name in stock)
 
 for _ in range(3):

@@ -161,7 +161,7 @@ def test_status_sets_nothing(host: Any) -> None:
     patcher = Patcher((fix("function"), fix("Child.own", id="two", probe=lambda: None)))
     report = patcher.status()
     assert dict(vars(host)) == before
-    assert statuses(report) == [Status.NOT_APPLIED, Status.NOT_NEEDED]
+    assert statuses(report) == [Status.DISABLED, Status.NOT_NEEDED]
     assert "ptfix.apply()" in report.rows[0].reason
     patcher.apply()
     assert statuses(patcher.status()) == [Status.APPLIED, Status.NOT_NEEDED]
@@ -251,7 +251,7 @@ def test_an_interrupt_midway_rolls_back_and_goes_on(host: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
         patcher.apply()
     assert dict(vars(host)) == before
-    assert statuses(patcher.status()) == [Status.NOT_APPLIED]
+    assert statuses(patcher.status()) == [Status.DISABLED]
 
 
 def test_a_probe_that_raises_is_unsupported(host: Any) -> None:
@@ -270,7 +270,7 @@ def test_strict_raises_and_leaves_nothing_behind(host: Any) -> None:
     with pytest.raises(PatchError, match="two needed but not applied: fakehost:gone does not exist"):
         patcher.apply(strict=True)
     assert dict(vars(host)) == before
-    assert statuses(patcher.status()) == [Status.NOT_APPLIED, Status.UNSUPPORTED]
+    assert statuses(patcher.status()) == [Status.DISABLED, Status.UNSUPPORTED]
     assert statuses(patcher.apply()) == [Status.APPLIED, Status.UNSUPPORTED]
     with pytest.raises(PatchError):
         patcher.apply(strict=True)
@@ -373,7 +373,7 @@ def test_a_probe_may_ask_for_the_status(host: Any) -> None:
 
     patcher = Patcher((fix("function", probe=probe),))
     assert statuses(patcher.apply()) == [Status.APPLIED]
-    assert statuses(asked[1]) == [Status.NOT_APPLIED]
+    assert statuses(asked[1]) == [Status.DISABLED]
 
 
 def test_every_probe_meets_the_stock_host(host: Any) -> None:
@@ -382,7 +382,7 @@ def test_every_probe_meets_the_stock_host(host: Any) -> None:
 
     patcher = Patcher((fix("function"), fix("Child.own", id="two", probe=probe)))
     planned = patcher.status()
-    assert statuses(planned) == [Status.NOT_APPLIED, Status.NOT_APPLIED]
+    assert statuses(planned) == [Status.DISABLED, Status.DISABLED]
     assert statuses(patcher.apply()) == [Status.APPLIED, Status.APPLIED]
 
 

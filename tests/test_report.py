@@ -31,5 +31,5 @@ def test_to_dict_is_plain_json() -> None:
 
 
 def test_a_status_prints_as_its_word() -> None:
-    assert [str(status) for status in Status] == ["applied", "not_applied", "not_needed", "unsupported", "disabled"]
+    assert [str(status) for status in Status] == ["applied", "not_needed", "unsupported", "disabled"]
     assert f"{Status.APPLIED}" == Status.APPLIED == "applied"

@@ -122,7 +122,6 @@ def _first_row(dataloader: Any, base: Any) -> list[int]:
 
 def _advice() -> str:
     import ptfix
-    from ptfix.report import Status
 
-    waiting = [row.fix for row in ptfix.status().rows if row.status is Status.NOT_APPLIED]
+    waiting = [row.fix for row in ptfix.status().rows if row.waiting]
     return f". ptfix.apply() repairs this pair: it was not called ({', '.join(waiting)})" if waiting else ""

@@ -54,7 +54,7 @@ def examine() -> dict[str, Any]:
 
 
 def _finding(fix: Fix, row: Row) -> dict[str, Any]:
-    needed = row.status in (Status.APPLIED, Status.NOT_APPLIED, Status.UNSUPPORTED)
+    needed = row.waiting or row.status in (Status.APPLIED, Status.UNSUPPORTED)
     return {
         "id": fix.id,
         "status": row.status.value,
