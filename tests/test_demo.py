@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,37 +62,83 @@ def test_the_model_is_read_right(smollm: tuple[Any, Any]) -> None:
 
 
 @needs_model
-def test_the_judge_sees_a_lost_prompt(smollm: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    from ptfix.cli.bench import untrained
-    from ptfix.demo import modes
-
-    monkeypatch.setattr(modes, "NEW_TOKENS", 6)
-    model, tokenizer = smollm
-    prompt = torch.tensor(tokenizer("<|im_start|>system\nTalk like a pirate.<|im_end|>\n")["input_ids"])
-    adapter = untrained(model, prompt)
-    talk = modes.Talk(tokenizer, model, adapter)
-    assert modes.ask("one question", model, talk).verdict == "WRONG, silently (as without adapter)"
-    monkeypatch.setitem(modes.MODES, "broken", lambda model, talk: 1 / 0)
-    assert modes.ask("broken", model, talk).verdict == "raises ZeroDivisionError"
-    assert not modes.host_can("broken", talk)
-    ptfix.apply()
-    assert modes.ask("one question", adapter, talk).exact
-
-
-@needs_model
 def test_the_whole_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """All of it, with a short training and short answers."""
-    from ptfix.demo import modes
+    from ptfix.demo import talk
 
     monkeypatch.setattr(training, "STEPS", 4)
-    monkeypatch.setattr(modes, "NEW_TOKENS", 6)
+    monkeypatch.setattr(talk, "NEW_TOKENS", 6)
     assert main(["demo", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["exact"]
     assert found["learned"]
-    assert {row["ptfix"] for row in found["modes"]} <= {"exact", "not in this transformers"}
+    assert {row["ptfix"]["verdict"] for row in found["modes"]} <= {"exact", "host"}
     first = found["answers"][0]
     assert first["ptfix"] == first["truth"] != first["base"]
-    assert "ptfix says what training said" in demo._text(found)
+    assert demo._text(found).splitlines()[-1].startswith("ptfix says what training said")
+
+
+@pytest.mark.parametrize(
+    ("changed", "status", "told"),
+    [
+        ({}, 0, "ptfix says what training said"),
+        ({"exact": False}, 1, "PROBLEM: ptfix does not say what training said"),
+        ({"learned": False}, 1, "PROBLEM: the soft prompt learned nothing"),
+    ],
+)
+def test_status_and_verdict(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changed: dict[str, bool],
+    status: int,
+    told: str,
+) -> None:
+    modes = [
+        {"mode": name, "stock": {"verdict": verdict, "detail": detail}, "ptfix": {"verdict": "exact", "detail": ""}}
+        for name, verdict, detail in (
+            ("greedy", "ignored", "answers as the base model does"),
+            ("left-padded batch", "wrong", "from new token 1 on"),
+            ("static cache", "raises", "KeyError: 'Cache only has 0 layers'"),
+            ("chunked prefill", "host", "the bare base model cannot either"),
+        )
+    ]
+    findings = {
+        "hosts": {"transformers": "9", "peft": "9"},
+        "model": "any.gguf",
+        "training": {"seconds": 1, "steps": 2, "virtual_tokens": 3, "first_loss": 4, "last_loss": 1},
+        "modes": modes,
+        "answers": [{"question": "?", "how": "alone", "base": "a", "stock": "a", "ptfix": "b", "truth": "b"}],
+        "learned": True,
+        "exact": True,
+        "seconds": 5,
+        **changed,
+    }
+    monkeypatch.setattr(smollm2, "find", lambda: Path("any.gguf"))
+    monkeypatch.setattr(demo, "examine", lambda path: findings)
+    assert main(["demo"]) == status
+    out = capsys.readouterr().out
+    assert told in out
+    for cell in ("as without adapter", "WRONG, silently, from new token 1 on", "raises KeyError  ", "not in this"):
+        assert cell in out
+
+
+@pytest.mark.parametrize(("said", "exact"), [([1, 2], True), ([1, 3], False), ([1], False)])
+def test_exact_is_every_token(said: list[int], exact: bool) -> None:
+    import torch
+
+    from ptfix.demo.talk import Answer
+
+    row = torch.tensor([[7, 8]])
+    plain = SimpleNamespace(sequences=torch.tensor([[7, 8, 9]]))
+    talk: Any = SimpleNamespace(
+        base=None, text=torch.Tensor.tolist, truth=lambda row: torch.tensor([1, 2]), generate=lambda model, row: plain
+    )
+    told = demo._compared(talk, "?", "alone", "raises KeyError", Answer(row, torch.tensor(said)))
+    assert (told["exact"], told["stock"], told["ptfix"], told["truth"], told["base"]) == (
+        exact,
+        "raises KeyError",
+        said,
+        [1, 2],
+        [9],
+    )
+    assert not demo._compared(talk, "?", "alone", "raises KeyError", "raises TypeError")["exact"]

@@ -21,11 +21,10 @@ from ptfix.cli import UsageError
 from ptfix.demo import smollm2
 
 if TYPE_CHECKING:
-    from ptfix.demo.modes import Outcome, Talk
+    from ptfix.demo.talk import Answer, Talk
+    from ptfix.soft_prompts.survey import Outcome
 
-#: The modes whose last answer is shown to a person, one for each question.
-_SHOWN = ("one question", "batch with padding on the left", "second turn, returned cache")
-_UNABLE = "not in this transformers"
+_VOICES = ("base", "stock", "ptfix", "truth")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -52,13 +51,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine(model_file: Path) -> dict[str, Any]:
-    """Train, reload and ask, with progress bars on stderr; everything found, ready for json."""
+    """Train, reload and ask, with progress on stderr; everything found, ready for json."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")  # the hosts warn about old ways in each other's code
     started = time.perf_counter()
-    print("reading SmolLM2-135M-Instruct", file=sys.stderr, flush=True)
+    _say("reading SmolLM2-135M-Instruct")
     base, tokenizer = smollm2.load(model_file)
     try:
         with tempfile.TemporaryDirectory(prefix="ptfix-demo-") as folder:
@@ -76,30 +75,37 @@ def examine(model_file: Path) -> dict[str, Any]:
 
 def _train_and_ask(base: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
     from peft import PeftModel
-    from tqdm import tqdm
 
-    from ptfix.demo import modes, training
+    from ptfix.demo import training
+    from ptfix.demo.talk import WAYS, Talk, ask
+    from ptfix.soft_prompts.survey import survey
 
-    def column(name: str) -> dict[str, modes.Outcome]:
-        model = PeftModel.from_pretrained(base, checkpoint).eval()
-        return {mode: modes.ask(mode, model, talk) for mode in tqdm(modes.MODES, desc=f"asking with {name}")}
+    def reloaded() -> Any:
+        return PeftModel.from_pretrained(base, str(trained.checkpoint)).eval()
+
+    def column(name: str) -> tuple[list[Answer | str], list[Outcome]]:
+        _say(f"asking {name}, in every mode")
+        model = reloaded()
+        return [ask(way, model, talk) for _, _, way in WAYS], survey(model)
 
     ptfix.apply()
     began = time.perf_counter()
-    trained = training.train(base, tokenizer, folder, callbacks=[_progress(training.STEPS)])
+    trained = training.train(base, tokenizer, folder, callbacks=[*ptfix.callbacks(), _progress(training.STEPS)])
     training_seconds = time.perf_counter() - began
-    checkpoint = str(trained.checkpoint)
 
     ptfix.revert()
-    # The truth is stock peft's too: its training forward on one row without padding was never in doubt.
-    talk = modes.Talk(tokenizer, base, PeftModel.from_pretrained(base, checkpoint).eval())
-    for row in tqdm(talk.rows(), desc="truth: the training forward for every token", total=3):
-        talk.truth(row)
-    stock = column("stock peft")
+    talk = Talk(tokenizer, base, reloaded())
+    stock_answers, stock_modes = column("stock peft")
     ptfix.apply()
-    fixed = column("ptfix")
+    fixed_answers, fixed_modes = column("with ptfix")
 
-    able = {mode: fixed[mode].exact or modes.host_can(mode, talk) for mode in modes.MODES}
+    _say("the truth: the training forward for every token")
+    ptfix.revert()  # stock peft's own forward, of one row without padding
+    answers = [
+        _compared(talk, question, how, stock, fixed)
+        for (question, how, way), stock, fixed in zip(WAYS, stock_answers, fixed_answers, strict=True)
+        if not isinstance(fixed, str) or not isinstance(ask(way, base, talk), str)  # else the host cannot either
+    ]
     return {
         "training": {
             "seconds": round(training_seconds, 1),
@@ -109,32 +115,26 @@ def _train_and_ask(base: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
             "last_loss": round(sum(trained.losses[-4:]) / 4, 3),
         },
         "modes": [
-            {"mode": mode, "stock": stock[mode].verdict, "ptfix": fixed[mode].verdict}
-            if able[mode]
-            else {"mode": mode, "stock": _UNABLE, "ptfix": _UNABLE}
-            for mode in modes.MODES
+            {"mode": stock.mode, "stock": vars(stock), "ptfix": vars(fixed)}
+            for stock, fixed in zip(stock_modes, fixed_modes, strict=True)
         ],
-        "answers": [
-            {
-                "question": question,
-                "mode": mode,
-                "base": talk.text(talk.plain(row)),
-                "stock": _said(stock[mode], talk),
-                "ptfix": _said(fixed[mode], talk),
-                "truth": talk.text(talk.truth(row)),
-            }
-            for question, mode, row in zip((*modes.QUESTIONS, modes.FOLLOW_UP), _SHOWN, talk.rows(), strict=True)
-            if able[mode]
-        ],
-        # Where the adapter changes nothing, every way of losing it is exact.
-        "learned": trained.losses[-1] < trained.losses[0]
-        and not all(talk.truth(row).equal(talk.plain(row)) for row in talk.rows()),
-        "exact": all(fixed[mode].exact for mode in modes.MODES if able[mode]),
+        "answers": answers,
+        # Where the adapter changes nothing, every way of losing it looks exact.
+        "learned": trained.losses[-1] < trained.losses[0] and any(said["base"] != said["truth"] for said in answers),
+        "exact": all(outcome.good for outcome in fixed_modes) and all(said["exact"] for said in answers),
     }
 
 
-def _said(outcome: Outcome, talk: Talk) -> str:
-    return talk.text(outcome.answers[-1][1]) if outcome.answers else f"{outcome.verdict}: {outcome.error}"
+def _compared(talk: Talk, question: str, how: str, stock: Answer | str, fixed: Answer | str) -> dict[str, Any]:
+    """One question, with what everybody says to it."""
+    told: dict[str, Any] = {"question": question, "how": how, "exact": False, **dict.fromkeys(_VOICES, "")}
+    for voice, answer in (("stock", stock), ("ptfix", fixed)):
+        told[voice] = answer if isinstance(answer, str) else talk.text(answer.ids)
+    if not isinstance(fixed, str):
+        truth = talk.truth(fixed.row)
+        plain = talk.generate(talk.base, fixed.row).sequences[0, fixed.row.shape[1] :]
+        told |= {"exact": fixed.ids.equal(truth), "truth": talk.text(truth), "base": talk.text(plain)}
+    return told
 
 
 def _text(findings: dict[str, Any]) -> str:
@@ -143,22 +143,36 @@ def _text(findings: dict[str, Any]) -> str:
         f"transformers {versions['transformers']}, peft {versions['peft']}, {findings['model']}",
         f"trained {training['virtual_tokens']} virtual tokens with Trainer in {training['seconds']:.0f} s: "
         f"{training['steps']} steps, loss {training['first_loss']:.2f} -> {training['last_loss']:.2f}; saved, reloaded",
-        "",
-        "exact: every token is what the adapter's own training forward says (the truth)",
-        "",
     ]
-    table = [("mode", "stock", "ptfix"), *((row["mode"], row["stock"], row["ptfix"]) for row in findings["modes"])]
+    for said in findings["answers"]:
+        lines += ["", f"{said['question']}  ({said['how']})"]
+        lines += [f"  {voice:5}  {' '.join(said[voice].split())[:160]}" for voice in _VOICES]
+    lines += ["", "Every mode, judged by the truth: the adapter's own training forward in full for every token", ""]
+    table = [("mode", "stock", "ptfix")]
+    table += [(row["mode"], _cell(row["stock"]), _cell(row["ptfix"])) for row in findings["modes"]]
     mode_width, stock_width = (max(len(line[column]) for line in table) for column in (0, 1))
     lines += [f"  {mode:{mode_width}}  {stock:{stock_width}}  {fixed}" for mode, stock, fixed in table]
-    for answer in findings["answers"]:
-        lines += ["", f"{answer['question']}  ({answer['mode']})"]
-        lines += [f"  {who:5}  {' '.join(answer[who].split())[:200]}" for who in ("base", "stock", "ptfix", "truth")]
     verdict = "ptfix says what training said"
     if not findings["exact"]:
         verdict = "PROBLEM: ptfix does not say what training said"
     if not findings["learned"]:
         verdict = "PROBLEM: the soft prompt learned nothing, so nothing is shown"
     return "\n".join([*lines, "", f"{verdict} ({findings['seconds']:.0f} s)"])
+
+
+def _cell(outcome: dict[str, str]) -> str:
+    verdict, detail = outcome["verdict"], outcome["detail"]
+    return {
+        "exact": "exact",
+        "wrong": f"WRONG, silently, {detail}",
+        "ignored": "WRONG, silently, as without adapter",
+        "raises": f"raises {detail.partition(':')[0]}",
+        "host": "not in this transformers",
+    }[verdict]
+
+
+def _say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
 
 
 def _progress(steps: int) -> Any:
