@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,10 +23,8 @@ _VIRTUAL_TOKENS = 2
 def generation_fault() -> str | None:
     """Does generate() of a prompt-tuned model differ from its training forward, in any of the modes that have ever
     been wrong?"""
-    from peft import PromptTuningConfig
-
     with _aside():
-        model = _tiny(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=_VIRTUAL_TOKENS))
+        model = _prompt_tuned()
         ids = torch.tensor([[3, 4, 5, 6]])
         return (
             _differs("a left-padded batch", lambda: _padded_scores(model), reference.last_logits(model, ids[:, 1:])[0])
@@ -41,10 +40,8 @@ def generation_fault() -> str | None:
 
 def left_padding_fault() -> str | None:
     """Does forward() move a left-padded text away from its soft prompt?"""
-    from peft import PromptTuningConfig
-
     with _aside():
-        model = _tiny(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=_VIRTUAL_TOKENS))
+        model = _prompt_tuned()
         ids, mask = torch.tensor([[0, 0, 5, 6]]), torch.tensor([[0, 0, 1, 1]])
         with torch.no_grad():
             padded = model(input_ids=ids, attention_mask=mask).logits[0, -1]
@@ -56,34 +53,39 @@ def prefix_forward_fault() -> str | None:
     """Does prefix tuning train as it should, with gradient checkpointing switched on after wrapping?"""
     from peft import PrefixTuningConfig
 
+    config = PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=_VIRTUAL_TOKENS, num_layers=1, num_attention_heads=2, token_dim=8
+    )
+    ids = torch.tensor([[3, 4, 5, 6]])
+    gradients = []
     with _aside():
-        gradients = []
-        for checkpointing in (False, True):
-            config = PrefixTuningConfig(
-                task_type="CAUSAL_LM",
-                num_virtual_tokens=_VIRTUAL_TOKENS,
-                num_layers=1,
-                num_attention_heads=2,
-                token_dim=8,
-            )
+        for how in ("", " with gradient checkpointing"):
             try:
-                model = _tiny(config).train()
-                if checkpointing:
+                if not how:
+                    model = _tiny(config).train()
+                else:
+                    model.zero_grad()
                     model.get_base_model().gradient_checkpointing_enable()
                     model.get_base_model().enable_input_require_grads()
-                ids = torch.tensor([[3, 4, 5, 6]])
                 model(input_ids=ids, labels=ids).loss.backward()
             except Exception as error:
-                how = " with gradient checkpointing" if checkpointing else ""
                 return f"the training forward{how} raises {type(error).__name__}"
-            gradients.append(next(model.prompt_encoder.parameters()).grad)
+            gradient = next(model.prompt_encoder.parameters()).grad
+            gradients.append(None if gradient is None else gradient.clone())
     plain, checkpointed = gradients
-    if checkpointed is None or not torch.allclose(plain, checkpointed, atol=1e-5):
+    if plain is None or checkpointed is None or not torch.allclose(plain, checkpointed, atol=1e-5):
         return "with gradient checkpointing the prefix is not trained"
     return None
 
 
 _TWO = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+
+
+@cache
+def _prompt_tuned() -> Any:
+    from peft import PromptTuningConfig
+
+    return _tiny(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=_VIRTUAL_TOKENS))
 
 
 def _tiny(config: Any) -> Any:
