@@ -24,7 +24,14 @@ MATRIX = Path(__file__).with_name("compat_matrix.yaml")
 CELLS = yaml.safe_load(MATRIX.read_text(encoding="utf-8"))["cells"]
 PINS = {(cell["pins"]["transformers"], cell["pins"]["peft"]): cell["pins"] for cell in CELLS}
 #: the oldest, the seeds (KeyError, silent no-op twice), the first of transformers 5; the newest runs in the test suite
-QUICK = [("4.36.2", "0.7.1"), ("4.44.2", "0.11.1"), ("4.45.2", "0.12.0"), ("4.57.6", "0.13.2"), ("5.0.0", "0.18.1")]
+QUICK = [
+    ("4.36.2", "0.7.1"),
+    ("4.44.2", "0.11.1"),
+    ("4.45.2", "0.12.0"),
+    ("4.54.1", "0.16.0"),
+    ("4.57.6", "0.13.2"),
+    ("5.0.0", "0.18.1"),
+]
 
 for ours, theirs in (("UV_FIND_LINKS", "PIP_FIND_LINKS"), ("SSL_CERT_FILE", "PIP_CERT")):
     if theirs in os.environ:  # pip's own settings hold for uv, which names them otherwise

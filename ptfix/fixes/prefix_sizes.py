@@ -65,7 +65,11 @@ FIX = Fix(
     probe=_probe,
     edits=(
         Edit("peft.peft_model:_prepare_prompt_learning_config", _wrap, ("peft_config", "model_config")),
+        # get_peft_model sizes the config itself up to 0.17, from a module that was renamed in 0.15
         Edit("peft.mapping:_prepare_prompt_learning_config", _wrap, ("peft_config", "model_config"), optional=True),
+        Edit(
+            "peft.mapping_func:_prepare_prompt_learning_config", _wrap, ("peft_config", "model_config"), optional=True
+        ),
     ),
     retire_when="peft reads multi_query (0.21.2 does not)",
 )
