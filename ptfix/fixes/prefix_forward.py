@@ -30,12 +30,14 @@ def _wrap_get_prompt(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _wrap_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     from ptfix.soft_prompts import training
+    from ptfix.soft_prompts.adapter import SoftPrompt
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not _has_prefix(self):
             return original(self, *args, **kwargs)
-        return original(training.with_base_call(self, training.prefix_is_read), *args, **kwargs)
+        read = functools.partial(training.prefix_is_read, prompt=SoftPrompt(self))
+        return original(training.with_base_call(self, read), *args, **kwargs)
 
     return forward
 

@@ -7,6 +7,8 @@ len() == 0: an empty ``DynamicCache`` has been each of those in some release (pe
 from __future__ import annotations
 
 import copy
+import functools
+import importlib.util
 import inspect
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -54,10 +56,6 @@ class OnLayers:
     def get_seq_length(self) -> int:
         return int(self.pieces[0].get_seq_length())
 
-    def update(self, *args: Any) -> Any:
-        # Up to 4.41 a static cache that is not empty is attended to as if it were (no causal mask).
-        raise NotImplementedError("prefix tuning with a static cache needs transformers 4.42 or newer.")
-
 
 def crop(past_key_values: Any, positions: int) -> Any:
     """The cache with only its first `positions` positions; raises ValueError for a cache that cannot forget."""
@@ -87,6 +85,8 @@ def fill(past_key_values: Any, prefix: KeyValues, base_model: Any) -> Any:
         layout = legacy_layout(base_model)
         if layout is not None:
             return _legacy(prefix, layout)
+        if not _caches_can_be_cropped():
+            return tuple(prefix)
         past_key_values = new(base_model)
     positions = torch.arange(prefix[0][0].shape[-2], device=prefix[0][0].device)
     is_sliding = getattr(past_key_values, "is_sliding", None)
@@ -97,10 +97,73 @@ def fill(past_key_values: Any, prefix: KeyValues, base_model: Any) -> Any:
         sliding = is_sliding is not None and index < len(is_sliding) and bool(is_sliding[index])
         options = {
             "cache_position": positions,
-            "sliding_window": getattr(text_config(base_model), "sliding_window", None) if sliding else None,
+            "sliding_window": window(base_model) if sliding else None,
         }
         past_key_values.update(key, value, index, options)
     return past_key_values
+
+
+def _caches_can_be_cropped() -> bool:
+    """Since 4.42. Before, models read both kinds, but rolling a draft back leaves a Cache miscounted: its host gives
+    tuples."""
+    from transformers import DynamicCache
+
+    return hasattr(DynamicCache, "crop")
+
+
+def window(base_model: Any) -> int | None:
+    """How many places some layer looks back, or None where all look back to the start."""
+    return getattr(text_config(base_model), "sliding_window", None)
+
+
+def counts_places(base_model: Any) -> bool:
+    """Does a sliding window count places in a Cache, so that it matters where a prefix stands?"""
+    return window(base_model) is not None and _caches_can_be_cropped() and legacy_layout(base_model) is None
+
+
+def wants_one_span(base_model: Any, tokens: int) -> bool:
+    """Must `tokens` be fed from the first one on?
+
+    Before transformers.masking_utils (4.53) a layer with a sliding window takes the first token fed for the first of
+    the text, and (from 4.48 on) cuts its mask, but not its keys, to the window.
+    """
+    return (
+        counts_places(base_model)
+        and tokens > (window(base_model) or 0)
+        and importlib.util.find_spec("transformers.masking_utils") is None
+    )
+
+
+def lay_in(past_key_values: Any, prefix: KeyValues, first: torch.Tensor, base_model: Any) -> Any:
+    """An empty cache that takes `prefix` for what the next feed says at the positions from ``first [batch]`` on.
+
+    So a prefix can stand behind padding, and be fed in one span with the text: sliding windows count places. The feed
+    must reach beyond these positions; what it says there is not read. A cache given is changed in place, until then.
+    """
+    if not is_cache(past_key_values):
+        past_key_values = new(base_model)
+    places = first.unsqueeze(1) + torch.arange(prefix[0][0].shape[-2], device=first.device)
+    vars(past_key_values)["_ptfix_laid_in"] = {
+        layer: (key, value, places[:, None, :, None]) for layer, (key, value) in enumerate(prefix)
+    }
+    past_key_values.__class__ = _laid_in_class(type(past_key_values))  # type: ignore[arg-type]
+    return past_key_values
+
+
+@functools.cache
+def _laid_in_class(kind: type[Any]) -> type[Any]:
+    def update(self: Any, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        waiting = vars(self)["_ptfix_laid_in"]
+        if layer_idx in waiting:
+            prefix_key, prefix_value, places = waiting.pop(layer_idx)
+            key = key.scatter(2, places.expand_as(prefix_key), prefix_key.to(key.dtype))
+            value = value.scatter(2, places.expand_as(prefix_value), prefix_value.to(value.dtype))
+        if not waiting:
+            del vars(self)["_ptfix_laid_in"]
+            self.__class__ = kind
+        return kind.update(self, key, value, layer_idx, *args, **kwargs)
+
+    return type(kind.__name__, (kind,), {"update": update, "__module__": kind.__module__})
 
 
 def new(base_model: Any) -> Any:
@@ -156,9 +219,9 @@ def _replayable_class(kind: type) -> type:
     def update(self: Any, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         fresh = copy.copy(self)
         fresh.__class__ = kind
-        for name in ("layers", "key_cache", "value_cache"):
-            if isinstance(getattr(self, name, None), list):
-                held = list(getattr(self, name))
+        for name in ("layers", "key_cache", "value_cache", "_ptfix_laid_in"):
+            if isinstance(vars(self).get(name), list | dict):
+                held = copy.copy(vars(self)[name])
                 if name == "layers":
                     held[layer_idx] = copy.copy(held[layer_idx])
                 fresh.__dict__[name] = held

@@ -75,6 +75,9 @@ class _Turn:
     on_layers: caches.OnLayers | None = None
     warned: bool = False
 
+    def most_pads(self) -> int:
+        return 0 if self.pads is None else int(self.pads.max())
+
     def begin(self, given: int, cached: int, embedded: bool, mask: torch.Tensor | None) -> None:
         """At the first step: how is the text padded, and which real tokens stand only in the cache, or (negative) in
         the ids without having been read.
@@ -89,7 +92,7 @@ class _Turn:
             self.hidden = mask_length - given
         elif behind >= given:
             self.hidden = behind
-        if mask is not None and not self.prompt.is_prefix:  # a prefix stands in the cache, before all else
+        if mask is not None and (not self.prompt.is_prefix or caches.counts_places(self.base)):
             self.pads = padding.left_pads(mask)
 
 
@@ -125,15 +128,21 @@ class _SoftPromptView:
         input_ids = input_ids[:, max(0, -hidden) :]
         stop = prompt.length + given + hidden
         start = min(cached, stop - 1)  # a text that is wholly cached still needs its last logits
-        if prompt.is_prefix and start < prompt.length:
+        behind_prefix = prompt.length + turn.most_pads()
+        if prompt.is_prefix and start < behind_prefix:
             start = 0
         past_key_values = caches.crop(past_key_values, start)
         if prompt.is_prefix:
             self._warn_of_window(attention_mask, stop)
         if prompt.is_prefix and start == 0:
-            past_key_values = caches.fill(past_key_values, prompt.key_values(len(input_ids)), turn.base)
+            prefix = prompt.key_values(len(input_ids))
+            if turn.pads is not None or caches.wants_one_span(turn.base, stop):
+                pads = input_ids.new_zeros(len(input_ids)) if turn.pads is None else turn.pads
+                past_key_values = caches.lay_in(past_key_values, prefix, pads, turn.base)
+            else:
+                past_key_values = caches.fill(past_key_values, prefix, turn.base)
+                start = prompt.length
             past_key_values = caches.told_its_size(past_key_values, stop, turn.base)
-            start = prompt.length
             if not kwargs.get("use_cache", True):
                 kwargs["use_cache"] = (
                     True  # else some models do not read the cache; this one is thrown away after the step
@@ -142,14 +151,16 @@ class _SoftPromptView:
         text = _Text(self, input_ids, inputs_embeds, attention_mask, stop)
         if turn.chunk is not None and past_key_values is not None:
             while stop - start > turn.chunk:
-                self(**text.inputs(start, start + turn.chunk, past_key_values, kwargs), return_dict=True)  # type: ignore[operator]
-                start += turn.chunk
+                chunk_stop = max(start + turn.chunk, behind_prefix if prompt.is_prefix else 0)
+                self(**text.inputs(start, chunk_stop, past_key_values, kwargs), return_dict=True)  # type: ignore[operator]
+                start = chunk_stop
         return text.inputs(start, stop, past_key_values, kwargs)
 
     def _warn_of_window(self, attention_mask: torch.Tensor | None, length: int) -> None:
+        # Before 4.42 a cache is tuples of tensors, in which a prefix can only stand in front of the padding.
         turn = self._ptfix_turn
-        window = getattr(caches.text_config(turn.base), "sliding_window", None)
-        if window and length > window and attention_mask is not None and not turn.warned:
+        window = caches.window(turn.base)
+        if window and length > window and attention_mask is not None and turn.pads is None and not turn.warned:
             turn.warned = True
             if padding.left_pads(attention_mask) is not None:
                 logger.warning(
@@ -186,6 +197,10 @@ class _SoftPromptView:
         # Hung on the attention modules: the view needs its own, or a failure leaves the base model with a cache.
         for name, child in self._modules.items():  # type: ignore[attr-defined]
             self._modules[name] = views.tree(child, lambda view, module: None)  # type: ignore[attr-defined]
+        if self._ptfix_turn.prompt.is_prefix:
+            # Such a cache is attended to as if it were empty: without a causal mask, all tokens of the text at once.
+            logger.warning("prefix tuning has no static cache before transformers 4.42: generating with a growing one.")
+            return
         self._more_room("_setup_cache", *args, **kwargs)
         self._ptfix_turn.on_layers = caches.OnLayers(self)
 
@@ -246,10 +261,7 @@ class _Text:
             virtual_ids, past_key_values=handed_on, attention_mask=mask, **options
         )
         inputs.pop("token_type_ids", None)
-        in_prompt = (
-            self.placeholders.shape[1] if self.order is None else int(self.turn.pads.max()) + self.placeholders.shape[1]
-        )
-        if start < in_prompt:
+        if start < self.placeholders.shape[1] + self.turn.most_pads():
             inputs["inputs_embeds"], inputs["input_ids"] = self._embeddings(start, stop), None
         elif inputs["input_ids"].shape[1] != stop - start:
             inputs["input_ids"] = virtual_ids[:, start:]
@@ -268,6 +280,8 @@ class _Text:
             if task_ids is not None:
                 task_ids = task_ids.repeat_interleave(rows // len(task_ids))  # as generate() expands for beams
             parts.insert(0, self.prompt.embeddings(rows, task_ids).to(dtype))
+        elif start < self.prompt.length or self.order is not None:  # laid in: what stands there is not read
+            parts.insert(0, self.prompt.embed(self.placeholders[:, : self.prompt.length]))
         embeddings = torch.cat([part.to(dtype) for part in parts], dim=1)
         if self.order is not None:
             embeddings = padding.reorder(embeddings, self.order)
@@ -281,7 +295,8 @@ class _Text:
         if self.turn.user_positions or position_ids.dim() > 2:
             shape = (*position_ids.shape[:-1], length - position_ids.shape[-1])
             front = torch.arange(shape[-1], device=position_ids.device).expand(shape)
-            return torch.cat((front, position_ids + self.prompt.length), dim=-1)
+            positions = torch.cat((front, position_ids + self.prompt.length), dim=-1)
+            return positions if self.order is None else positions.expand_as(self.order).gather(-1, self.order)
         if self.attention_mask is None:
             return torch.arange(length, device=position_ids.device).unsqueeze(0)
         return (self.attention_mask.long().cumsum(-1) - 1).clamp(min=0)

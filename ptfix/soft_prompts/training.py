@@ -15,6 +15,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ptfix.soft_prompts import caches, padding, views
+from ptfix.soft_prompts.adapter import SoftPrompt
 
 #: Takes the base model and the keyword arguments peft calls it with, returns what is to be called instead.
 Change = Callable[[Any, dict[str, Any]], tuple[Any, dict[str, Any]]]
@@ -67,10 +68,10 @@ def padding_aside(base: Any, kwargs: dict[str, Any], virtual_tokens: int) -> tup
 
 
 class _InOrder:
-    """A base model whose logits are put back into the order of the inputs."""
+    """A base model whose logits are put back into the order of the inputs, without those of `extra` tokens in front."""
 
-    def __init__(self, base: Any, order: torch.Tensor) -> None:
-        self.base, self.order = base, order
+    def __init__(self, base: Any, order: torch.Tensor, extra: int = 0) -> None:
+        self.base, self.order, self.extra = base, order, extra
 
     def forward(self, **kwargs: Any) -> Any:
         outputs = self.base.forward(**kwargs)
@@ -81,13 +82,12 @@ class _InOrder:
         outputs.logits = self._restored(outputs.logits, back)
         return outputs
 
-    @staticmethod
-    def _restored(logits: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+    def _restored(self, logits: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
         # Logits of the last tokens only are in order as they are.
-        return padding.reorder(logits, back) if logits.shape[:2] == back.shape else logits
+        return padding.reorder(logits, back)[:, self.extra :] if logits.shape[:2] == back.shape else logits
 
 
-def prefix_is_read(base: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def prefix_is_read(base: Any, kwargs: dict[str, Any], prompt: SoftPrompt) -> tuple[Any, dict[str, Any]]:
     """Let every layer see the prefix: with ``use_cache=False`` some models skip it, with gradient checkpointing all
     do (peft#869)."""
     fed, cached = _fed(kwargs), caches.length(kwargs["past_key_values"])
@@ -97,11 +97,50 @@ def prefix_is_read(base: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, An
     if kwargs.get("cache_position") is None and "cache_position" in inspect.signature(base.forward).parameters:
         # gemma2 (4.42-4.44) begins to count at 0 whatever the cache holds.
         kwargs["cache_position"] = torch.arange(cached, cached + fed.shape[1], device=fed.device)
+    pads = _pads_in_front(base, kwargs["attention_mask"], prompt.length) if cached == prompt.length else None
+    if pads is not None:
+        order = padding.pads_first(pads, prompt.length, prompt.length + fed.shape[1])
+        _feed_from_the_start(kwargs, pads, order, prompt, base)
     kwargs["past_key_values"] = caches.told_its_size(kwargs["past_key_values"], kwargs["attention_mask"].shape[1], base)
     kwargs["use_cache"] = True  # how the prefix comes in; what is added to the cache goes with the outputs
     if base.training and any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
         base = _checkpointed(base, _decoder_layers(base))
-    return base, kwargs
+    return (base if pads is None else _InOrder(base, order, prompt.length)), kwargs
+
+
+def _pads_in_front(base: Any, mask: torch.Tensor, virtual_tokens: int) -> torch.Tensor | None:
+    """How much padding must stand before each row's prefix for a sliding window to count right: ``[batch]``, or None
+    where the prefix may stand in the cache."""
+    length = mask.shape[1]
+    if mask.dim() != 2 or not caches.counts_places(base) or length <= (caches.window(base) or 0):
+        return None
+    pads = padding.left_pads(mask[:, virtual_tokens:])
+    return mask.new_zeros(len(mask)) if pads is None and caches.wants_one_span(base, length) else pads
+
+
+def _feed_from_the_start(
+    kwargs: dict[str, Any], pads: torch.Tensor, order: torch.Tensor, prompt: SoftPrompt, base: Any
+) -> None:
+    """Turn the arguments of a forward of a text behind its prefix into those of one forward of both."""
+    batch, length = order.shape
+    positions = torch.arange(length, device=order.device).expand(batch, length)
+    for name, filler in (("input_ids", 0), ("inputs_embeds", 0), ("labels", -100)):
+        text = kwargs.get(name)
+        if text is not None:
+            front = text.new_full((batch, prompt.length, *text.shape[2:]), filler)
+            kwargs[name] = padding.reorder(torch.cat((front, text), dim=1), order)
+    if kwargs.get("labels") is not None:
+        # In a row alone nothing stands before the first token that could be asked for it.
+        kwargs["labels"].scatter_(1, (pads + prompt.length).unsqueeze(1), -100)
+    if "position_ids" in inspect.signature(base.forward).parameters:
+        given = kwargs.get("position_ids")
+        if given is not None:
+            positions = torch.cat((positions[:, : prompt.length], given.expand(batch, -1)), dim=1)
+        kwargs["position_ids"] = padding.reorder(positions, order)
+    if kwargs.get("cache_position") is not None:
+        kwargs["cache_position"] = torch.arange(length, device=order.device)
+    kwargs["attention_mask"] = padding.reorder(kwargs["attention_mask"], order)
+    kwargs["past_key_values"] = caches.lay_in(None, prompt.key_values(batch), pads, base)
 
 
 def _fed(kwargs: dict[str, Any]) -> torch.Tensor:

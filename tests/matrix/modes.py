@@ -77,9 +77,10 @@ def ones(ids: torch.Tensor) -> torch.Tensor:
     return torch.ones_like(ids)
 
 
-def left_padded(bench: Bench) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    rows = [bench.ids, bench.ids[:, 4:]]
-    pad = text(bench) - rows[1].shape[1]
+def left_padded(bench: Bench, ids: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    ids = bench.ids if ids is None else ids
+    rows = [ids, ids[:, 4:]]
+    pad = ids.shape[1] - rows[1].shape[1]
     short = torch.cat((rows[1].new_zeros(1, pad), rows[1]), 1)
     ids = torch.cat((rows[0], short))
     mask = ones(ids)
@@ -124,8 +125,10 @@ def left_padded_batch(b: Bench, **options: Any) -> Pairs:
         yield torch.stack(out.scores)[:, i], scores
 
 
-def output_scores(b: Bench) -> Pairs:
-    out = b.generate(input_ids=b.ids, attention_mask=ones(b.ids), output_scores=True, return_dict_in_generate=True)
+def output_scores(b: Bench, **options: Any) -> Pairs:
+    out = b.generate(
+        input_ids=b.ids, attention_mask=ones(b.ids), output_scores=True, return_dict_in_generate=True, **options
+    )
     ids, scores = b.truth(b.ids)
     return [(out.sequences, ids), (torch.cat(out.scores), scores)]
 
@@ -200,7 +203,7 @@ def streamer(b: Bench) -> Pairs:
 
 
 def static_cache(b: Bench) -> Pairs:
-    return [(b.generate(input_ids=b.ids, attention_mask=ones(b.ids), cache_implementation="static"), b.truth(b.ids)[0])]
+    return output_scores(b, cache_implementation="static")
 
 
 def static_cache_left_padded(b: Bench) -> Pairs:
@@ -351,7 +354,7 @@ def disabled(b: Bench) -> Pairs:
 def left_padded_forward(b: Bench) -> Pairs:
     if b.bare:
         return  # without position_ids no host does this; peft's forward gives the caller no say in them
-    ids, mask, rows = left_padded(b)
+    ids, mask, rows = left_padded(b, torch.cat((b.ids, b.ids.flip(1)), 1))  # which is longer than a sliding window
     options = task_ids(b.method, 2)
     with torch.no_grad():
         logits = b.model(input_ids=ids, attention_mask=mask, **options).logits[:, -1].float()
