@@ -30,6 +30,8 @@ def length(past_key_values: Any) -> int:
     """Positions held, virtual tokens included. 0 for None."""
     if past_key_values is None:
         return 0
+    if isinstance(past_key_values, OnLayers):
+        return past_key_values.get_seq_length()
     if not is_cache(past_key_values):
         if not len(past_key_values):
             return 0
