@@ -100,7 +100,7 @@ def plan(folder: str | Path, templates: Templates, *, processor: bool | None = N
     several = set(by_name) != {"default"}
     jinja = by_name.get("default") if processor or not several else None
     additional = {name: text for name, text in by_name.items() if name != "default"} if processor and several else {}
-    stale = sorted(set(_additional_names(root)) - set(additional), key=lambda name: name == "default")
+    stale = set(_additional_names(root)) - set(additional)
     key = [{"name": name, "template": text} for name, text in by_name.items()] if several else by_name["default"]
 
     def text(name: str, content: str | None) -> Change:
@@ -110,15 +110,15 @@ def plan(folder: str | Path, templates: Templates, *, processor: bool | None = N
     # sure that it finds a default template at every moment, if it did before and will after: what a reader falls back
     # to is written before a place is emptied, and chat_template.json, beside which additional_chat_templates/ must
     # never be seen, goes before and comes after that. Of several templates it may see some old beside some new.
-    additional_left = [text(f"{ADDITIONAL}/{name}.jinja", None) for name in stale]
     legacy = _member(root, LEGACY, by_name["default"] if processor and not several else None)
     steps = [
         _member(root, TOKENIZER_CONFIG, key),
         *([text(JINJA, jinja)] if jinja is not None else []),
         *([legacy] if legacy.new is None else []),
-        *additional_left,
-        *(text(f"{ADDITIONAL}/{name}.jinja", content) for name, content in additional.items()),
+        *(text(f"{ADDITIONAL}/{name}.jinja", None) for name in sorted(stale - {"default"})),
         *([text(JINJA, None)] if jinja is None else []),
+        *(text(f"{ADDITIONAL}/{name}.jinja", None) for name in stale & {"default"}),
+        *(text(f"{ADDITIONAL}/{name}.jinja", content) for name, content in additional.items()),
         *([legacy] if legacy.new is not None else []),
         _member(root, PROCESSOR_CONFIG, None),
     ]

@@ -239,7 +239,10 @@ def _tokenizer_447(folder: Folder) -> Templates:
 
 
 def _tokenizer_452(folder: Folder) -> Templates:
-    found = {**({} if folder.jinja is None else {"default": folder.jinja}), **folder.additional}
+    additional = dict(folder.additional)
+    # It collects them as chat_template_NAME beside chat_template_file, its own name for chat_template.jinja.
+    default = additional.pop("file", folder.jinja)
+    found = {**({} if default is None else {"default": default}), **additional}
     return Templates.of(found, _files(folder)) if found else _tokenizer_439(folder)
 
 

@@ -68,7 +68,7 @@ _LEGACY: dict[str, object] = {"": ..., "json": template("json"), "null json": No
 _PROCESSOR: dict[str, object] = {"": ..., "processor key": template("processor key")}
 
 #: What the combinations do not have.
-_ODD: dict[str, dict[str, str]] = {
+ODD: dict[str, dict[str, str]] = {
     "table key": {"tokenizer_config.json": json.dumps({**CONFIG, "chat_template": {"default": "a", "tool_use": "b"}})},
     "list without default": {"tokenizer_config.json": json.dumps({**CONFIG, "chat_template": _list("rag")})},
     "number key": {"tokenizer_config.json": json.dumps({**CONFIG, "chat_template": 5})},
@@ -121,7 +121,7 @@ def layouts() -> dict[str, dict[str, str]]:
                 {"chat_template": _PROCESSOR[processor], "processor_class": "TextProcessor"}, indent=2
             )
         found[", ".join(filter(None, (key, jinja, additional, legacy, processor)))] = files
-    return {**found, **_ODD}
+    return {**found, **ODD}
 
 
 def lay_out(folder: Path, files: dict[str, str]) -> Path:

@@ -18,7 +18,7 @@ from typing import Any
 
 import gguf
 import transformers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 
 from tests.chat_templates.layouts import lay_out, layouts
@@ -40,7 +40,6 @@ def load(folder: Path) -> dict[str, Any]:
     """What each reader of this environment gets from `folder`."""
     loaders = {
         "tokenizer": lambda: _usable(AutoTokenizer.from_pretrained(folder, local_files_only=True)),
-        "fast tokenizer": lambda: _usable(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)),
         "processor": lambda: getattr(
             TextProcessor.from_pretrained(folder, local_files_only=True), "chat_template", None
         ),
