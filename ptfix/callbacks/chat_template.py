@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import TrainerCallback
 
-from ptfix.chat_templates import choosing, diagnosis, files, parity, saving
+from ptfix.chat_templates import choosing, diagnosis, files, parity, readers, saving
 
 logger = logging.getLogger("ptfix")
 
@@ -37,7 +36,7 @@ class ChatTemplateCallback(TrainerCallback):  # type: ignore[misc]  # the hosts 
     def __init__(
         self,
         inference_template: str | Mapping[str, str] | None = None,
-        base: str | os.PathLike[str] | None = None,
+        base: str | Path | None = None,
         on_problem: Literal["warn", "raise"] = "warn",
         repair_eos: bool = False,
         smoke_tokens: int = 0,
@@ -96,7 +95,7 @@ class ChatTemplateCallback(TrainerCallback):  # type: ignore[misc]  # the hosts 
         chosen = saving.choice(self._saver)
         if chosen.templates is None:
             return
-        if not (folder / files.TOKENIZER_CONFIG).is_file():
+        if not (folder / readers.TOKENIZER_CONFIG).is_file():
             if complete:
                 self._saver.save_pretrained(folder)
                 saving.write(folder, chosen.templates, self._saver)
@@ -199,10 +198,10 @@ def _base_of(model: Any) -> str | None:
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None
 
 
-def _tokenizer_of(base: str | os.PathLike[str] | None) -> Any:
+def _tokenizer_of(base: str | Path | None) -> Any:
     """The base model's own tokenizer, from a local folder."""
     folder = choosing.base_folder(base) if base else None
-    if folder is None or not (folder / files.TOKENIZER_CONFIG).is_file():
+    if folder is None or not (folder / readers.TOKENIZER_CONFIG).is_file():
         return None
     from transformers import AutoTokenizer
 

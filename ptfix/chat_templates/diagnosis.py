@@ -149,7 +149,10 @@ def _standing(turn: Turn, thought: str | None) -> tuple[Literal["ok", "missing",
     if prompted.startswith(head) and not prompted[len(head) :].strip():
         return "ok", ""
     if added.strip() and thought is not None and thought.startswith(added):
-        return "ok", f"The generation prompt {added!r} begins a thought, as the training text of an answer with one does."
+        return (
+            "ok",
+            f"The generation prompt {added!r} begins a thought, as the training text of an answer with one does.",
+        )
     return "different", _first_difference(head, prompted, "the training text", "the generation prompt")
 
 
@@ -217,6 +220,8 @@ def _same(trained: str, text: str, asked: str, blocks: list[str]) -> bool:
 
 
 def _first_difference(one: str, other: str, its: str = "training has", others: str = "inference has") -> str:
-    at = next((index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    at = next(
+        (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
     start = max(0, at - 20)
     return f"{its} {one[start : at + 40]!r} where {others} {other[start : at + 40]!r}."

@@ -88,7 +88,9 @@ def _plain(header: str) -> str:
 
 def invisible(text: Iterable[str]) -> set[str]:
     """The characters in `text` that a reader cannot see: formats such as bidi overrides, and controls."""
-    return {letter for letter in set(text) if unicodedata.category(letter) in ("Cf", "Cc", "Co") and letter not in "\t\n\r"}
+    return {
+        letter for letter in set(text) if unicodedata.category(letter) in ("Cf", "Cc", "Co") and letter not in "\t\n\r"
+    }
 
 
 def name_of(letter: str) -> str:

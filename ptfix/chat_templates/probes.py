@@ -135,6 +135,7 @@ def _conversations() -> Iterator[tuple[str, list[Message], list[Message] | None]
 def _jobs(template: str) -> dict[str, Job]:
     jobs = {}
     for style in ("", "parts "):
+
         def shaped(messages: Sequence[Message], style: str = style) -> list[Message]:
             return [_in_parts(message) for message in messages] if style else list(messages)
 

@@ -28,7 +28,7 @@ _MARK = "_ptfix_chat_templates"
 _BEING_SAVED = "_ptfix_being_saved"
 
 
-def register(obj: Any, inference: InMemory = None, *, base: str | os.PathLike[str] | None = None) -> None:
+def register(obj: Any, inference: InMemory = None, *, base: str | Path | None = None) -> None:
     """From now on every ``save_pretrained`` of `obj` writes its inference template (where `ptfix.apply()` was called).
 
     Its template in memory stays as it is, for training. Registered again, what was seen first is kept.
