@@ -6,6 +6,8 @@ import copy
 import json
 import logging
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -292,3 +294,45 @@ def test_training_is_the_same_with_and_without_the_callback(base: Path, tuned: A
 def test_register_wants_a_tokenizer() -> None:
     with pytest.raises(TypeError, match="takes a tokenizer or processor"):
         register({"chat_template": TRAINING})
+
+
+def test_two_ranks_save_one_folder(base: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    ran = subprocess.run(
+        [*command, "-m", "tests.chat_templates.ranks", str(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    for folder in (tmp_path / "out" / "checkpoint-2", tmp_path / "shared"):
+        assert loaded(folder) == {INFERENCE}
+        assert not list(folder.glob(".*"))
+
+
+def test_trl_with_a_training_template(base: Path, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="pip install trl datasets brings SFTTrainer")
+    datasets = pytest.importorskip("datasets", reason="pip install trl datasets brings SFTTrainer")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    # As trl's own training templates: the answer between marks that give the loss its mask.
+    marked = "{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] | trim + '<|eot_id|>' }}{% endgeneration %}{% else %}{{ m['content'] | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"  # noqa: E501
+    tokenizer.chat_template = marked
+    trainer = trl.SFTTrainer(
+        model=transformers.AutoModelForCausalLM.from_pretrained(base),
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path / "out"),
+            max_steps=1,
+            save_steps=1,
+            report_to=[],
+            assistant_only_loss=True,
+            use_cpu=True,
+            bf16=False,
+        ),
+        train_dataset=datasets.Dataset.from_list([{"messages": chat} for chat in stories.CHATS]),
+        processing_class=tokenizer,
+        callbacks=ptfix.callbacks(),
+    )
+    trainer.train()
+    assert loaded(tmp_path / "out" / "checkpoint-1") == {INFERENCE}
+    assert tokenizer.chat_template == marked
