@@ -47,6 +47,9 @@ __all__ = [
     "Templates",
     "WriteError",
     "commit",
+    "has_tokenizer",
+    "is_name",
+    "out_of_reach",
     "plan",
     "special_tokens",
     "write",
@@ -159,6 +162,23 @@ def write(folder: str | Path, templates: Templates, *, processor: bool | None = 
     return changes
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a tokenizer is saved in `folder`."""
+    return any(Path(folder, name).is_file() for name in (TOKENIZER_CONFIG, *_VOCABULARIES))
+
+
+def is_name(name: str) -> bool:
+    """Whether a template other than the default one may be called so: the name becomes a file's."""
+    # transformers keeps these under chat_template_NAME beside its own chat_template_file, which is the default one.
+    return _NAME.fullmatch(name) is not None and name != "file"
+
+
+def out_of_reach(templates: Templates) -> set[str]:
+    """The ids of the readers that have no place where the canonical set of these templates could stand."""
+    several = {"transformers 4.34-4.38 tokenizer", "transformers 4.43-4.46 processor"} if templates.named else set()
+    return {"transformers 4.42 processor", *several}
+
+
 def special_tokens(folder: str | Path) -> dict[str, str]:
     """The special tokens that a template may name (bos_token, eos_token, ...), as the folder's files say.
 
@@ -189,7 +209,7 @@ def _root(folder: str | Path) -> Path:
     if not root.is_dir():
         raise WriteError(f"{root} is not a folder")
     root = root.resolve()
-    if not any((root / name).is_file() for name in (TOKENIZER_CONFIG, *_VOCABULARIES)):
+    if not has_tokenizer(root):
         raise WriteError(f"{root} holds no tokenizer: save one there first, tokenizer.save_pretrained({str(root)!r})")
     return root
 
@@ -201,8 +221,7 @@ def _checked(templates: Templates) -> dict[str, str]:
         raise WriteError("a template is named 'default' beside the default one: give it another name")
     found = {}
     for name, text in templates.by_name().items():
-        # transformers keeps these under chat_template_NAME beside its own chat_template_file, which is the default one.
-        if not _NAME.fullmatch(name) or name == "file":
+        if not is_name(name):
             raise WriteError(
                 f"{name!r} cannot be the name of a template: use letters, digits, '_' and '-', and not 'file'"
             )

@@ -1,1 +1,0 @@
-"""Chat templates: which one a checkpoint should carry, and putting it there for every reader."""
