@@ -1,0 +1,222 @@
+"""Is a chat template right for inference? Judged by what it renders, never by the words in it.
+
+Right is the prefix property: a conversation rendered with the generation prompt must be how the same conversation
+renders with the answer, up to the answer. Then a model is asked in the very text it was trained on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ptfix.chat_templates import headers, repair
+from ptfix.chat_templates.headers import QUESTION_TURNS, Undecided
+from ptfix.chat_templates.probes import (
+    ANSWERS,
+    EARLIER_ANSWER,
+    PLAUSIBLE_SPECIAL_TOKENS,
+    QUESTIONS,
+    THOUGHT,
+    Observed,
+    Turn,
+    observe,
+)
+from ptfix.chat_templates.rendering import strip_generation_tags, unavailable
+
+Verdict = Literal["ok", "missing_generation_prompt", "unconditional_generation_prompt", "unrenderable", "unknown"]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What is known about a chat template."""
+
+    verdict: Verdict
+    #: What asks the model for an answer ("" where the template needs nothing for it); None where it is not known.
+    generation_prompt: str | None = None
+    #: The template to use for inference; None where there is nothing to repair, or it is not safe to.
+    repaired: str | None = None
+    #: Sentences: why this verdict, what was repaired or why not, what else is odd.
+    reasons: list[str] = field(default_factory=list)
+
+
+def diagnose(template: str, special_tokens: Mapping[str, str] | None = None) -> Diagnosis:
+    """Whether a template renders a conversation for inference as it does for training, and the repair where it does not.
+
+    The template is rendered, in a child process with bounds on time and memory. Never raises for what a template does.
+
+    Args:
+        special_tokens: `bos_token`, `eos_token` and so on of the tokenizer; None: plausible ones.
+    """
+    if (reason := unavailable()) is not None:
+        return Diagnosis("unknown", reasons=[reason])
+    tokens = dict(PLAUSIBLE_SPECIAL_TOKENS if special_tokens is None else special_tokens)
+    observed = observe(template, tokens)
+    if not observed.turns:
+        if observed.refusal is not None:
+            return Diagnosis("unrenderable", reasons=[str(observed.refusal), *_hidden(template, observed)])
+        return Diagnosis("unknown", reasons=["It does not write the words of a user and of an answer as they are."])
+    found = _judge(observed, tokens)
+    repaired, reasons = _repair(template, found, observed, tokens)
+    return Diagnosis(
+        found.verdict, found.generation_prompt, repaired, [*found.reasons, *reasons, *_hidden(template, observed)]
+    )
+
+
+def disagreement(inference: str, training: str, special_tokens: Mapping[str, str]) -> str | None:
+    """Where the text that `training` trains on differs from what `inference` makes of the same conversation.
+
+    Compared are probe conversations that end with an answer. A thought block in one of them alone is no difference:
+    thinking models drop thoughts from a history, or write an empty one. Nor is a generation prompt at the very end.
+
+    Returns:
+        One sentence with the first difference, or None where `inference` can be asked about what `training` taught.
+    """
+    if (reason := unavailable()) is not None:
+        return reason
+    taught, asked = observe(training, special_tokens), observe(inference, special_tokens)
+    if not taught.turns:
+        return f"The training template cannot be compared: {taught.refusal or 'it does not show the conversation.'}"
+    if not asked.turns:
+        return f"The inference template cannot be compared: {asked.refusal or 'it does not show the conversation.'}"
+    blocks = _thought_blocks(taught) + _thought_blocks(asked)
+    for name, turn in taught.turns.items():
+        other = asked.turns.get(name)
+        if other is None:
+            refusal = asked.renders[f"{name} answered"]
+            why = f" {refusal}" if not isinstance(refusal, str) else ""
+            return f"Only the training template renders the probe conversation {name!r}.{why}"
+        trained, text = turn.answered[0], other.answered[0]
+        if not _same(trained, text, other.asked, blocks):
+            return f"In the probe conversation {name!r} {_first_difference(trained, text)}"
+    return None
+
+
+@dataclass(frozen=True)
+class _Finding:
+    verdict: Verdict
+    generation_prompt: str | None
+    reasons: list[str]
+
+
+def _judge(observed: Observed, special_tokens: Mapping[str, str]) -> _Finding:
+    thought = observed.gap("thought", THOUGHT)
+    standings = {name: _standing(observed.turns[name], thought) for name in QUESTION_TURNS if name in observed.turns}
+    kinds = Counter(kind for kind, _ in standings.values())
+    first = observed.turns["first"]
+    if set(kinds) == {"missing"}:
+        try:
+            return _Finding("missing_generation_prompt", headers.infer(observed), [standings["first"][1]])
+        except Undecided as error:
+            return _Finding("missing_generation_prompt", None, [standings["first"][1], str(error)])
+    if set(kinds) != {"ok"}:
+        faults = [f"{note} (probe conversation {name!r})" for name, (kind, note) in standings.items() if kind != "ok"]
+        return _Finding("unknown", None, faults)
+    reasons = [standings["first"][1]] if standings["first"][1] else []
+    if first.prompted == first.asked and (header := _unconditional(observed, special_tokens)) is not None:
+        return _Finding(
+            "unconditional_generation_prompt",
+            header,
+            [
+                "The generation prompt is written after every text, an answer included, whatever add_generation_prompt "
+                "says. Callers may count on that, so it is left as it is."
+            ],
+        )
+    return _Finding("ok", _generation_prompt(first, special_tokens), reasons)
+
+
+def _standing(turn: Turn, thought: str | None) -> tuple[Literal["ok", "missing", "different"], str]:
+    """Whether the prefix property holds for a turn, and what is to be said of it ("" for nothing).
+
+    Args:
+        thought: what is written between the first question and a thought, where thoughts are written.
+    """
+    head, prompted = turn.head, turn.prompted
+    added = prompted[len(turn.asked) :] if prompted.startswith(turn.asked) else ""
+    if head.startswith(prompted):
+        rest = head[len(prompted) :]
+        if not rest.strip():
+            return "ok", f"The training text has the white space {rest!r} after the generation prompt." if rest else ""
+        if prompted == turn.asked:
+            return "missing", f"Asked for an answer it does not write {rest!r}, which stands before answers."
+        return "ok", f"After the generation prompt the training text has {rest!r}, which the model is to write itself."
+    if prompted.startswith(head) and prompted != turn.asked:
+        rest = prompted[len(head) :]
+        if not rest.strip():
+            return "ok", f"The generation prompt ends with the white space {rest!r}, which the training text has not."
+        return "ok", f"The generation prompt goes on with {rest!r}, which the training text of an answer has not."
+    if prompted.startswith(head) and not prompted[len(head) :].strip():
+        return "ok", ""
+    if added.strip() and thought is not None and thought.startswith(added):
+        return "ok", f"The generation prompt {added!r} begins a thought, as the training text of an answer with one does."
+    return "different", _first_difference(head, prompted, "the training text", "the generation prompt")
+
+
+def _unconditional(observed: Observed, special_tokens: Mapping[str, str]) -> str | None:
+    """The header that a template writes after everything, an answer included; None where it does not."""
+    answered, asked = observed.turns["first"].answered[0], observed.turns["first"].asked
+    tail = answered[answered.rindex(ANSWERS[0]) + len(ANSWERS[0]) :]
+    after_question = asked[asked.rindex(QUESTIONS[0]) + len(QUESTIONS[0]) :]
+    second = observed.turns.get("second")
+    before_user = observed.between("second asked", EARLIER_ANSWER, QUESTIONS[1])
+    if not tail.strip() or second is None or before_user is None or before_user.startswith(tail.rstrip()):
+        return None  # what follows an answer stays there when the conversation goes on: the end of the answer
+    user = asked[: asked.index(QUESTIONS[0])].removeprefix(special_tokens.get("bos_token", ""))
+    end_of_turn = before_user.removesuffix(user)
+    header = tail.removeprefix(end_of_turn)
+    return header if header.strip() and header != tail and after_question.endswith(header) else None
+
+
+def _generation_prompt(turn: Turn, special_tokens: Mapping[str, str]) -> str | None:
+    body = turn.asked
+    if not turn.prompted.startswith(body):  # some end the text with an EOS where they write no generation prompt
+        body = body.removesuffix(special_tokens.get("eos_token", ""))
+    return turn.prompted.removeprefix(body) if turn.prompted.startswith(body) else None
+
+
+def _repair(
+    template: str, found: _Finding, observed: Observed, special_tokens: Mapping[str, str]
+) -> tuple[str | None, list[str]]:
+    stripped = strip_generation_tags(template)
+    header, reasons = "", []
+    text = stripped
+    if found.verdict == "missing_generation_prompt":
+        if found.generation_prompt is None:
+            return None, []
+        header, tool = found.generation_prompt, observed.turns.get("tool result")
+        after_tools = tool is None or (tool.gap or "").startswith(header)
+        text = repair.append_generation_prompt(stripped, header, after_tools=after_tools)
+        reasons.append(f"Repaired: it writes {header!r} where a generation prompt is asked for.")
+        if not after_tools:
+            reasons.append("After the result of a tool it writes none: the training text has none there.")
+    elif found.verdict not in ("ok", "unconditional_generation_prompt"):
+        return None, []
+    if stripped != template:
+        reasons.append("The {% generation %} tags are taken out of the repaired copy: not every reader can parse them.")
+    if text == template:
+        return None, []
+    if (name := repair.changed(observed, text, special_tokens, header)) is not None:
+        return None, [f"Not repaired: the repaired copy would render otherwise ({name})."]
+    return text, reasons
+
+
+def _hidden(template: str, observed: Observed) -> list[str]:
+    rendered = "".join(text for text in observed.renders.values() if isinstance(text, str))
+    names = sorted({headers.name_of(letter) for letter in headers.invisible(template) | headers.invisible(rendered)})
+    return [f"It has characters that a reader cannot see: {', '.join(names)}."] if names else []
+
+
+def _thought_blocks(observed: Observed) -> list[str]:
+    """How a thought block looks with nothing in it, as far as can be told."""
+    return []
+
+
+def _same(trained: str, text: str, asked: str, blocks: list[str]) -> bool:
+    return trained.rstrip() == text.rstrip()
+
+
+def _first_difference(one: str, other: str, its: str = "training has", others: str = "inference has") -> str:
+    at = next((index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    start = max(0, at - 20)
+    return f"{its} {one[start : at + 40]!r} where {others} {other[start : at + 40]!r}."

@@ -1,0 +1,164 @@
+"""The conversations that a template is judged by, and what it makes of them."""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ptfix.chat_templates.rendering import Job, RenderError, render_all
+
+#: Plain sentences that no template has, so that each is found again in a render.
+QUESTIONS = ("Where does the river begin?", "Which way does the wind blow?")
+EARLIER_ANSWER = "By the old mill."
+#: They differ from the first letter on: what their renders have in common ends where the answer begins.
+ANSWERS = ("High up in the hills.", "Under a flat stone.")
+THOUGHT = "Water runs downwards."
+SYSTEM = "Answer like a sailor."
+TOOL_RESULT = "Twelve degrees."
+MARK = "[generation begins]"
+LATER = "2031-11-29T08:00:00"
+
+#: What a tokenizer would have; for a template without one.
+PLAUSIBLE_SPECIAL_TOKENS = {
+    "bos_token": "<bos>",
+    "eos_token": "<eos>",
+    "pad_token": "<pad>",
+    "unk_token": "<unk>",
+    "sep_token": "<sep>",
+    "cls_token": "<cls>",
+    "mask_token": "<mask>",
+}
+
+_PARAMETERS = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
+_TOOL = {
+    "type": "function",
+    "function": {"name": "temperature", "description": "The temperature of a place.", "parameters": _PARAMETERS},
+}
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One conversation that waits for an answer, in four renders."""
+
+    name: str
+    asked: str  # without the generation prompt
+    prompted: str  # with it
+    answered: tuple[str, str]  # with one answer and with another
+
+    @property
+    def head(self) -> str:
+        """The training text up to the answer."""
+        return os.path.commonprefix(self.answered)
+
+    @property
+    def gap(self) -> str | None:
+        """What the training text has between what was asked and the answer; None where an answer changes the former."""
+        return self.head[len(self.asked) :] if self.head.startswith(self.asked) else None
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a template makes of the probe conversations; a conversation that it refuses or does not show is left out."""
+
+    renders: Mapping[str, str | RenderError]
+    turns: Mapping[str, Turn]
+    refusal: RenderError | None  # of the first question, where `turns` is empty
+
+    def between(self, render: str, left: str, right: str) -> str | None:
+        """The text between two others in a render; None where it does not render or has not both, in this order."""
+        text = self.renders.get(render)
+        if not isinstance(text, str) or left not in text:
+            return None
+        after = text[text.index(left) + len(left) :]
+        return after[: after.index(right)] if right in after else None
+
+    def gap(self, render: str, until: str) -> str | None:
+        """What a render writes after the first question, up to the text `until`; None where it has not both."""
+        return self.between(render, self.turns["first"].asked, until)
+
+
+def observe(template: str, special_tokens: Mapping[str, str]) -> Observed:
+    """Render every probe conversation, in one child process."""
+    jobs = _jobs(template)
+    renders = dict(zip(jobs, render_all(list(jobs.values()), dict(special_tokens)), strict=True))
+    style = "" if _turn(renders, "first", "") else "parts "
+    turns = {
+        name: turn for name, *_ in _conversations() if (turn := _turn(renders, name, style if name != "parts" else ""))
+    }
+    if "parts" in turns and turns["parts"].asked != turns["first"].asked:
+        del turns["parts"]  # it writes the list, not the text in it
+    if style:  # under the plain names, so that nobody else needs to know
+        renders = {**renders, **{name.removeprefix(style): text for name, text in renders.items() if style in name}}
+    refusal = renders["first asked"] if not turns else None
+    return Observed(renders, turns if "first" in turns else {}, refusal if isinstance(refusal, RenderError) else None)
+
+
+def _turn(renders: Mapping[str, str | RenderError], name: str, style: str) -> Turn | None:
+    texts = [renders.get(f"{style}{name} {kind}") for kind in ("asked", "prompted", *_answered())]
+    asked, prompted, one, other = texts
+    if not (isinstance(asked, str) and isinstance(prompted, str) and isinstance(one, str) and isinstance(other, str)):
+        return None
+    turn = Turn(name, asked, prompted, (one, other))
+    shown = all(text[len(turn.head) :].startswith(answer) for text, answer in zip(turn.answered, ANSWERS, strict=True))
+    return turn if shown and _waits_on(name) in asked else None
+
+
+def _answered() -> tuple[str, str]:
+    return "answered", "answered otherwise"
+
+
+def _waits_on(name: str) -> str:
+    return {"other": QUESTIONS[1], "second": QUESTIONS[1], "tool result": TOOL_RESULT}.get(name, QUESTIONS[0])
+
+
+def _conversations() -> Iterator[tuple[str, list[Message], list[Message] | None]]:
+    """Name, messages up to where an answer is due, tools. "first" is the one every template must render."""
+    first, other = (_says("user", question) for question in QUESTIONS)
+    system, earlier = _says("system", SYSTEM), _says("assistant", EARLIER_ANSWER)
+    call = {"type": "function", "id": "call12345", "function": {"name": "temperature", "arguments": {"place": "Rome"}}}
+    called: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    result: Message = {"role": "tool", "content": TOOL_RESULT, "name": "temperature", "tool_call_id": "call12345"}
+    yield "first", [first], None
+    yield "other", [other], None
+    yield "second", [first, earlier, other], None
+    yield "system", [system, first], None
+    yield "system second", [system, first, earlier, first], None
+    yield "parts", [_in_parts(first)], None
+    yield "tools", [first], [_TOOL]
+    yield "tool result", [first, called, result], [_TOOL]
+
+
+def _jobs(template: str) -> dict[str, Job]:
+    jobs = {}
+    for style in ("", "parts "):
+        def shaped(messages: Sequence[Message], style: str = style) -> list[Message]:
+            return [_in_parts(message) for message in messages] if style else list(messages)
+
+        for name, messages, tools in _conversations():
+            jobs[f"{style}{name} asked"] = Job(template, shaped(messages), tools=tools)
+            jobs[f"{style}{name} prompted"] = Job(template, shaped(messages), True, tools)
+            for kind, answer in zip(_answered(), ANSWERS, strict=True):
+                answered = [*messages, _says("assistant", answer)]
+                if name == "parts":
+                    answered = [_in_parts(message) for message in answered]
+                jobs[f"{style}{name} {kind}"] = Job(template, shaped(answered), tools=tools)
+        first, answer = _says("user", QUESTIONS[0]), _says("assistant", ANSWERS[0])
+        thoughtful = {**answer, "reasoning_content": THOUGHT, "thinking": THOUGHT, "reasoning": THOUGHT}
+        jobs[f"{style}user again"] = Job(template, shaped([first, _says("user", ANSWERS[0])]))
+        jobs[f"{style}thought"] = Job(template, shaped([first, thoughtful]))
+        jobs[f"{style}marked"] = Job(template, shaped([first, answer]), extra={"mark_generation": MARK})
+        jobs[f"{style}later"] = Job(template, shaped([first, answer]), now=LATER)
+    return jobs
+
+
+def _says(role: str, text: str) -> Message:
+    return {"role": role, "content": text}
+
+
+def _in_parts(message: Message) -> Message:
+    content = message["content"]
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
