@@ -58,6 +58,15 @@ __all__ = [
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 #: Any one of them makes a folder a tokenizer's, whose tokenizer_config.json may be missing.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+#: Readers that, of several templates, never load or do not always load more than the default one.
+ONE_TEMPLATE = {
+    "transformers 4.34-4.38 tokenizer",
+    "transformers 4.47-4.51 tokenizer",
+    "transformers 4.42 processor",
+    "transformers 4.43-4.46 processor",
+    "transformers 4.47-4.51 processor",
+    "TGI",
+}
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _TEMPORARY = re.compile(r"\..+\.(?P<host>[^.]*)-(?P<process>\d+)-[0-9a-f]+\.ptfix-tmp")
 _ABANDONED = 3600.0  # seconds after which a temporary file is of no living writer, on whatever machine

@@ -119,38 +119,19 @@ def inspect(folder: Path, base: str | None = None, explicit: str | None = None) 
     texts = dict.fromkeys(text for one in loaded if (text := one.templates.default) is not None)
     verdicts = {text: diagnose(text, tokens) for text in texts if text.strip()}
     has_tokenizer = files.has_tokenizer(folder)
-    saved, broken = _load(place)
-    base_templates, unreadable = _load(Folder(base_folder)) if base_folder else (None, [])
-    if explicit is None and (difference := _two_formats(list(verdicts), tokens)):
-        choice = Choice(None, "", [difference, "Say which was trained on: --template FILE"])
-    else:
-        choice = choosing.choose(explicit=explicit, base=base_templates, training=saved, special_tokens=tokens)
-    choice = replace(choice, reasons=[*broken, *unreadable, *choice.reasons])
-    problems, notes = [*_names(loaded)], []
-    if has_tokenizer:
-        problems += [*_places(place), *_readers(loaded, choice.templates)]
-    else:
-        problems.append(
-            "There is no tokenizer here: whoever loads the folder takes one from elsewhere, with its chat template. "
-            "Save it beside the weights: tokenizer.save_pretrained(folder)"
-        )
-    for text, verdict in verdicts.items():
-        wrong, remarks = _judged(text, verdict, loaded)
-        problems += wrong
-        notes += remarks
-    changes = []
-    if has_tokenizer and choice.templates:
+    problems, notes = _faults(place, loaded, verdicts)
+    choice = _choose(place, base_folder, bool(base), explicit, verdicts, tokens)
+    changes: list[Change] = []
+    if has_tokenizer and choice.templates and (problems or explicit):
         try:
             changes = files.plan(folder, choice.templates)
         except files.WriteError as error:
             choice = Choice(None, "", [*choice.reasons, str(error)])
-    inference = (choice.templates or saved).default
+    inference = choice.templates.default if choice.templates else next(iter(verdicts), None)
     eos = _eos(folder, base_folder, inference, tokens) if inference else None
     if eos is not None:
-        problems.append(
-            f"An answer ends with {eos.token!r} (id {eos.id}), and {eos.path} stops at {eos.stops_at or 'nothing'}: "
-            "generation runs on"
-        )
+        stops = f"stops at {eos.stops_at}" if eos.stops_at else "stops at nothing"
+        problems.append(f"Generation runs on: an answer ends with {eos.token!r} (id {eos.id}), {eos.path} {stops}")
     if name and base_folder is None:
         notes.append(f"The base model {name} is not on this machine, so there is nothing to compare with: pass --base")
     return Inspection(folder, _kind(place), name, base_folder, loaded, verdicts, problems, notes, choice, changes, eos)
@@ -197,24 +178,62 @@ def _loaded(reader: readers.Reader, place: Folder) -> Loaded:
         return Loaded(reader.id, Templates(), str(error))
 
 
+def _choose(
+    place: Folder,
+    base_folder: Path | None,
+    restore: bool,
+    explicit: str | None,
+    verdicts: Mapping[str, Diagnosis],
+    tokens: dict[str, str],
+) -> Choice:
+    """What the folder should hold. A right template that lies there is kept, unless the base model's is asked for."""
+    if explicit is not None:
+        return choosing.choose(explicit=explicit, special_tokens=tokens)
+    texts = list(verdicts)
+    difference = next(filter(None, (disagreement(texts[0], other, tokens) for other in texts[1:])), None)
+    if difference is not None:
+        reasons = [f"There are templates of two formats here. {difference}", "Say which is right: --template FILE"]
+        return Choice(None, "", reasons)
+    saved, broken = _load(place)
+    right = [text for text, found in verdicts.items() if found.verdict == "ok" and found.repaired is None]
+    if right and not restore:
+        kept = saved if saved.default in right else Templates(right[0])
+        return Choice(kept, "the template that lies there and is right")
+    base, unreadable = _load(Folder(base_folder)) if base_folder else (None, [])
+    choice = choosing.choose(base=base, training=saved, special_tokens=tokens)
+    return replace(choice, reasons=[*broken, *unreadable, *choice.reasons])
+
+
 def _load(place: Folder) -> tuple[Templates, list[str]]:
     """What a folder holds, or why nothing of it can be used."""
     try:
-        return readers.load(place), []
+        found = readers.load(place)
     except ReadError as error:
         return Templates(), [f"{place.path}: {error}"]
-
-
-def _two_formats(texts: list[str], tokens: dict[str, str]) -> str | None:
-    """Where templates of one folder render a conversation differently: then nobody knows which was trained on."""
-    for other in texts[1:]:
-        difference = disagreement(texts[0], other, tokens)
-        if difference is not None:
-            return f"There are templates of two formats here. {difference}"
-    return None
+    if isinstance((place.tokenizer_config or {}).get(KEY), str):
+        # A release that writes additional_chat_templates/ takes the key out: those are left from an earlier save.
+        found = replace(found, named={})
+    return found, []
 
 
 # Faults, each in a sentence.
+
+
+def _faults(place: Folder, loaded: list[Loaded], verdicts: Mapping[str, Diagnosis]) -> tuple[list[str], list[str]]:
+    """Problems, and what is only worth knowing."""
+    problems = [*_places(place), *_readers(loaded)] if files.has_tokenizer(place.path) else [_NO_TOKENIZER]
+    notes: list[str] = []
+    for text, verdict in verdicts.items():
+        wrong, remarks = _judged(text, verdict, loaded)
+        problems += wrong
+        notes += remarks
+    return problems, notes
+
+
+_NO_TOKENIZER = (
+    "There is no tokenizer here: whoever loads the folder takes one from elsewhere, with its chat template. "
+    "Save it beside the weights: tokenizer.save_pretrained(folder)"
+)
 
 
 def _places(place: Folder) -> list[str]:
@@ -231,10 +250,10 @@ def _places(place: Folder) -> list[str]:
     return found
 
 
-def _readers(loaded: list[Loaded], chosen: Templates | None) -> list[str]:
+def _readers(loaded: list[Loaded]) -> list[str]:
     """Of what readers load, compared with each other."""
-    homeless = files.out_of_reach(chosen or Templates(""))
-    judged = [one for one in loaded if one.reader not in homeless]
+    named = Templates("", {name: "" for one in loaded for name in one.templates.named})
+    judged = [one for one in loaded if one.reader not in files.out_of_reach(named)]
     found = [f"{_listed(group)}: {why}" for why, group in _grouped(judged, lambda one: one.error).items() if why]
     usable = [one for one in judged if (one.templates.default or "").strip()]
     if not usable:
@@ -249,33 +268,43 @@ def _readers(loaded: list[Loaded], chosen: Templates | None) -> list[str]:
         ours = {kind: {one.digest for one in usable if kind in one.reader} for kind in ("tokenizer", "processor")}
         if ours["processor"] and ours["processor"].isdisjoint(ours["tokenizer"]):
             found.append("The processor has another template than its tokenizer")
+    return [*found, *_named(usable)]
+
+
+def _named(loaded: list[Loaded]) -> list[str]:
+    """Of templates that some readers load by name and others do not."""
+    capable = [one for one in loaded if one.reader not in files.ONE_TEMPLATE]
+    found = []
+    for name in sorted({name for one in capable for name in one.templates.named}):
+        texts = _grouped(capable, lambda one, name=name: one.templates.named.get(name))
+        if not files.is_name(name):
+            found.append(f"A template is named {name!r}, which may be a path that the next save writes to")
+        elif len(texts) > 1:
+            having = [one for text, group in texts.items() if text is not None for one in group]
+            found.append(
+                f"Not every reader loads the same template {name!r}: {_listed(having)} from {_sources(having)}"
+            )
     return found
-
-
-def _names(loaded: list[Loaded]) -> list[str]:
-    names = {name for one in loaded for name in one.templates.named if not files.is_name(name)}
-    return [
-        f"A template is named {name!r}, which is no name but may be a path that the next save writes to"
-        for name in sorted(names)
-    ]
 
 
 def _judged(text: str, verdict: Diagnosis, loaded: list[Loaded]) -> tuple[list[str], list[str]]:
     """Problems and remarks about one template."""
     digest = next(one.digest for one in loaded if one.templates.default == text)
-    told = [f"{digest}: {reason}" for reason in verdict.reasons]
-    hidden = bool(headers.invisible(text))
-    tagged = strip_generation_tags(text) != text
-    problems, notes = (told, []) if verdict.verdict in _FAULTS or hidden or tagged else ([], told)
-    if tagged:
-        problems = [
-            f"{digest}: it has {{% generation %}} tags, which are for training and which not every reader can parse",
-            *problems,
-        ]
-    return problems, notes
+    problems = []
+    if verdict.verdict in _FAULTS:
+        problems.append(f"{_FAULTS[verdict.verdict]}. {verdict.reasons[0]}")
+    if strip_generation_tags(text) != text:
+        problems.append("It has {% generation %} tags, which are for training and not known to every reader")
+    if hidden := headers.invisible(text):
+        problems.append(f"It has characters that nobody sees: {', '.join(sorted(map(headers.name_of, hidden)))}")
+    remarks = [] if problems else verdict.reasons
+    return [f"{digest}: {problem}" for problem in problems], [f"{digest}: {remark}" for remark in remarks]
 
 
-_FAULTS = ("missing_generation_prompt", "unrenderable")
+_FAULTS = {
+    "missing_generation_prompt": "The generation prompt is missing",
+    "unrenderable": "It does not render",
+}
 
 
 def _grouped(loaded: Iterable[Loaded], key: Any) -> dict[str | None, list[Loaded]]:

@@ -128,11 +128,16 @@ def visible(text: str) -> str:
 
 def _diff(change: Change, root: Path) -> list[str]:
     name = change.path.relative_to(root).as_posix() if change.path.is_relative_to(root) else str(change.path)
-    old, new = ((data or b"").decode("utf-8", "replace").split("\n") for data in (change.old, change.new))
+    old, new = map(_lines, (change.old, change.new))
     labels = [
         "/dev/null" if data is None else f"{side}/{name}" for side, data in (("a", change.old), ("b", change.new))
     ]
     return list(difflib.unified_diff(old, new, labels[0], labels[1], lineterm=""))
+
+
+def _lines(data: bytes | None) -> list[str]:
+    *lines, last = (data or b"").decode("utf-8", "replace").split("\n")
+    return [*lines, f"{last}\n\\ No newline at end of file"] if last else lines
 
 
 def _text(found: Inspection) -> str:
