@@ -6,7 +6,6 @@ renders with the answer, up to the answer. Then a model is asked in the very tex
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -24,6 +23,10 @@ from ptfix.chat_templates.probes import (
     observe,
 )
 from ptfix.chat_templates.rendering import strip_generation_tags, unavailable
+from ptfix.chat_templates.texts import common_end, difference, hidden, names
+
+#: A verdict stands on these; what is odd in the others is said in the reasons.
+_PLAIN_TURNS = ("first", "other", "second")
 
 Verdict = Literal["ok", "missing_generation_prompt", "unconditional_generation_prompt", "unrenderable", "unknown"]
 
@@ -42,7 +45,7 @@ class Diagnosis:
 
 
 def diagnose(template: str, special_tokens: Mapping[str, str] | None = None) -> Diagnosis:
-    """Whether a template renders a conversation for inference as it does for training, and the repair where it does not.
+    """Whether a template asks for an answer in the text it trains on, and the repaired template where it does not.
 
     The template is rendered, in a child process with bounds on time and memory. Never raises for what a template does.
 
@@ -103,27 +106,36 @@ class _Finding:
 def _judge(observed: Observed, special_tokens: Mapping[str, str]) -> _Finding:
     thought = observed.gap("thought", THOUGHT)
     standings = {name: _standing(observed.turns[name], thought) for name in QUESTION_TURNS if name in observed.turns}
-    kinds = Counter(kind for kind, _ in standings.values())
+    kinds = {kind for kind, _ in standings.values()}
     first = observed.turns["first"]
-    if set(kinds) == {"missing"}:
-        try:
-            return _Finding("missing_generation_prompt", headers.infer(observed), [standings["first"][1]])
-        except Undecided as error:
-            return _Finding("missing_generation_prompt", None, [standings["first"][1], str(error)])
-    if set(kinds) != {"ok"}:
-        faults = [f"{note} (probe conversation {name!r})" for name, (kind, note) in standings.items() if kind != "ok"]
-        return _Finding("unknown", None, faults)
-    reasons = [standings["first"][1]] if standings["first"][1] else []
-    if first.prompted == first.asked and (header := _unconditional(observed, special_tokens)) is not None:
+    note = standings["first"][1]
+    if kinds <= {"ok", "missing"} and _unconditional(observed):
         return _Finding(
             "unconditional_generation_prompt",
-            header,
+            _generation_prompt_after_answer(observed, special_tokens),
             [
                 "The generation prompt is written after every text, an answer included, whatever add_generation_prompt "
                 "says. Callers may count on that, so it is left as it is."
             ],
         )
-    return _Finding("ok", _generation_prompt(first, special_tokens), reasons)
+    if kinds == {"missing"}:
+        try:
+            return _Finding("missing_generation_prompt", headers.infer(observed), [note])
+        except Undecided as error:
+            return _Finding("missing_generation_prompt", None, [note, f"Not repaired: {error}"])
+    different = [(name, note) for name, (kind, note) in standings.items() if kind == "different"]
+    elsewhere = []
+    if different:
+        where = ", ".join(repr(name) for name, _ in different)
+        elsewhere.append(f"In {where} (probe conversations) prompt and training text differ: {different[0][1]}")
+    if any(standings[name][0] != "ok" for name in _PLAIN_TURNS if name in standings) or "missing" in kinds:
+        missing = [
+            f"In the probe conversation {name!r}: {text}"
+            for name, (kind, text) in standings.items()
+            if kind == "missing"
+        ]
+        return _Finding("unknown", None, [*elsewhere, *missing[:1]])
+    return _Finding("ok", _generation_prompt(first, special_tokens), [*([note] if note else []), *elsewhere])
 
 
 def _standing(turn: Turn, thought: str | None) -> tuple[Literal["ok", "missing", "different"], str]:
@@ -149,23 +161,36 @@ def _standing(turn: Turn, thought: str | None) -> tuple[Literal["ok", "missing",
     if prompted.startswith(head) and not prompted[len(head) :].strip():
         return "ok", ""
     if added.strip() and thought is not None and thought.startswith(added):
-        return "ok", f"The generation prompt {added!r} begins a thought, as the training text of an answer with one does."
-    return "different", _first_difference(head, prompted, "the training text", "the generation prompt")
+        return (
+            "ok",
+            f"The generation prompt {added!r} begins a thought, as the training text of an answer with one does.",
+        )
+    return "different", _first_difference(head, prompted, "the training text has", "the prompt has")
 
 
-def _unconditional(observed: Observed, special_tokens: Mapping[str, str]) -> str | None:
-    """The header that a template writes after everything, an answer included; None where it does not."""
-    answered, asked = observed.turns["first"].answered[0], observed.turns["first"].asked
-    tail = answered[answered.rindex(ANSWERS[0]) + len(ANSWERS[0]) :]
-    after_question = asked[asked.rindex(QUESTIONS[0]) + len(QUESTIONS[0]) :]
-    second = observed.turns.get("second")
-    before_user = observed.between("second asked", EARLIER_ANSWER, QUESTIONS[1])
-    if not tail.strip() or second is None or before_user is None or before_user.startswith(tail.rstrip()):
-        return None  # what follows an answer stays there when the conversation goes on: the end of the answer
+def _unconditional(observed: Observed) -> bool:
+    """Whether what a template writes after a question, to be answered, it writes after an answer too."""
+    first = observed.turns["first"]
+    after_answer, before_user = _after(first.answered[0], ANSWERS[0]), _before_user(observed)
+    if first.prompted != first.asked or before_user is None or before_user.startswith(after_answer.rstrip()):
+        return False  # what stays behind an answer when the conversation goes on is its end
+    return bool(common_end(after_answer, _after(first.asked, QUESTIONS[0])).strip())
+
+
+def _generation_prompt_after_answer(observed: Observed, special_tokens: Mapping[str, str]) -> str | None:
+    """What stands behind an answer but for the end of the answer; None where the two cannot be told apart."""
+    asked, before_user = observed.turns["first"].asked, _before_user(observed) or ""
     user = asked[: asked.index(QUESTIONS[0])].removeprefix(special_tokens.get("bos_token", ""))
-    end_of_turn = before_user.removesuffix(user)
-    header = tail.removeprefix(end_of_turn)
-    return header if header.strip() and header != tail and after_question.endswith(header) else None
+    after_answer, end = _after(observed.turns["first"].answered[0], ANSWERS[0]), before_user.removesuffix(user)
+    return after_answer.removeprefix(end) if user and end != before_user and after_answer.startswith(end) else None
+
+
+def _before_user(observed: Observed) -> str | None:
+    return observed.between("second asked", EARLIER_ANSWER, QUESTIONS[1])
+
+
+def _after(text: str, part: str) -> str:
+    return text[text.rindex(part) + len(part) :]
 
 
 def _generation_prompt(turn: Turn, special_tokens: Mapping[str, str]) -> str | None:
@@ -203,8 +228,8 @@ def _repair(
 
 def _hidden(template: str, observed: Observed) -> list[str]:
     rendered = "".join(text for text in observed.renders.values() if isinstance(text, str))
-    names = sorted({headers.name_of(letter) for letter in headers.invisible(template) | headers.invisible(rendered)})
-    return [f"It has characters that a reader cannot see: {', '.join(names)}."] if names else []
+    found = hidden(template) | hidden(rendered)
+    return [f"It has characters that a reader cannot see: {names(found)}."] if found else []
 
 
 def _thought_blocks(observed: Observed) -> list[str]:
@@ -216,7 +241,8 @@ def _same(trained: str, text: str, asked: str, blocks: list[str]) -> bool:
     return trained.rstrip() == text.rstrip()
 
 
-def _first_difference(one: str, other: str, its: str = "training has", others: str = "inference has") -> str:
-    at = next((index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    start = max(0, at - 20)
-    return f"{its} {one[start : at + 40]!r} where {others} {other[start : at + 40]!r}."
+def _first_difference(
+    one: str, other: str, its: str = "training has", others: str = "the inference template has"
+) -> str:
+    mine, yours = difference(one, other)
+    return f"{its} {mine!r} where {others} {yours!r}."
