@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ptfix.chat_templates.diagnosis import diagnose, disagreement
+from ptfix.chat_templates.diagnosis import Diagnosis, diagnose, disagreement
 from ptfix.chat_templates.readers import JSON_LIMIT, Templates, parsed, read_bytes
 from ptfix.chat_templates.rendering import strip_generation_tags
 
@@ -65,7 +66,7 @@ def choose(
 
 def _doubts(templates: Templates, tokens: dict[str, str] | None) -> list[str]:
     """What the user should hear about a template that is taken as it is."""
-    found = None if templates.default is None else diagnose(templates.default, tokens)
+    found = None if templates.default is None else judge(templates.default, tokens)
     return [f"Taken as it is: {reason}" for reason in (found.reasons if found and found.verdict != "ok" else [])]
 
 
@@ -74,20 +75,20 @@ def _objection(candidate: Templates, training: Templates | None, tokens: dict[st
     inference = strip_generation_tags(candidate.default or "")
     if not inference.strip():
         return "It is empty."
-    found = diagnose(inference, tokens)
+    found = judge(inference, tokens)
     if found.verdict not in _WORKS:
         return " ".join(found.reasons) or f"It is {found.verdict}."
     trained = (training.default if training else None) or ""
     if not trained.strip() or strip_generation_tags(trained) == inference:
         return None
-    return disagreement(inference, trained, tokens or {})
+    return difference(inference, trained, tokens or {})
 
 
 def _repaired(training: Templates | None, tokens: dict[str, str] | None, reasons: list[str]) -> Choice:
     """The training template made fit for inference."""
     if training is None or not (training.default or "").strip():
         return Choice(None, "", [*reasons, "There is no template to start from."])
-    found = {name: diagnose(text, tokens) for name, text in training.by_name().items()}
+    found = {name: judge(text, tokens) for name, text in training.by_name().items()}
     if found["default"].repaired is None and found["default"].verdict not in _WORKS:
         return Choice(None, "", [*reasons, *found["default"].reasons, "It is left as it is."])
     repaired = Templates.of({name: found[name].repaired or text for name, text in training.by_name().items()})
@@ -101,6 +102,29 @@ def _for_inference(templates: Templates) -> Templates:
     """Without {% generation %}: it marks what is trained on, and some readers know no such tag."""
     by_name = {name: strip_generation_tags(text) for name, text in templates.by_name().items()}
     return Templates.of(by_name, templates.source)
+
+
+# Each rendering starts a process, and the same few templates come back: with every checkpoint, in every folder.
+
+
+def judge(template: str, special_tokens: Mapping[str, str] | None) -> Diagnosis:
+    """`diagnose`, remembered."""
+    return _judge(template, None if special_tokens is None else tuple(sorted(special_tokens.items())))
+
+
+def difference(inference: str, training: str, special_tokens: Mapping[str, str]) -> str | None:
+    """`disagreement`, remembered."""
+    return _difference(inference, training, tuple(sorted(special_tokens.items())))
+
+
+@functools.lru_cache(maxsize=128)
+def _judge(template: str, special_tokens: tuple[tuple[str, str], ...] | None) -> Diagnosis:
+    return diagnose(template, None if special_tokens is None else dict(special_tokens))
+
+
+@functools.lru_cache(maxsize=128)
+def _difference(inference: str, training: str, special_tokens: tuple[tuple[str, str], ...]) -> str | None:
+    return disagreement(inference, training, dict(special_tokens))
 
 
 # The base model.

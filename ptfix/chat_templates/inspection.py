@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ptfix.chat_templates import choosing, files, headers, json_text, readers
+from ptfix.chat_templates import choosing, files, json_text, readers, texts
 from ptfix.chat_templates.choosing import Choice
-from ptfix.chat_templates.diagnosis import Diagnosis, diagnose, disagreement
+from ptfix.chat_templates.diagnosis import Diagnosis
 from ptfix.chat_templates.files import Change
 from ptfix.chat_templates.readers import (
     ADDITIONAL,
@@ -116,13 +116,16 @@ def inspect(folder: Path, base: str | None = None, explicit: str | None = None) 
     if base_folder is not None and base_folder.resolve() == folder.resolve():
         name = base_folder = None
     loaded = [_loaded(reader, place) for reader in READERS if reader.reads(place)]
-    texts = dict.fromkeys(text for one in loaded if (text := one.templates.default) is not None)
-    verdicts = {text: diagnose(text, tokens) for text in texts if text.strip()}
+    found = dict.fromkeys(text for one in loaded if (text := one.templates.default) is not None)
+    verdicts = {text: choosing.judge(text, tokens) for text in found if text.strip()}
     has_tokenizer = files.has_tokenizer(folder)
-    problems, notes = _faults(place, loaded, verdicts)
+    misplaced = [*_places(place), *_readers(loaded)] if has_tokenizer else [_NO_TOKENIZER]
+    wrong, notes = _judged(loaded, verdicts)
+    problems = [*misplaced, *wrong]
     choice = _choose(place, base_folder, bool(base), explicit, verdicts, tokens)
     changes: list[Change] = []
-    if has_tokenizer and choice.templates and (problems or explicit):
+    solved = misplaced or (wrong and choice.templates and choice.templates.default not in verdicts)
+    if has_tokenizer and choice.templates and (solved or explicit is not None):
         try:
             changes = files.plan(folder, choice.templates)
         except files.WriteError as error:
@@ -189,8 +192,8 @@ def _choose(
     """What the folder should hold. A right template that lies there is kept, unless the base model's is asked for."""
     if explicit is not None:
         return choosing.choose(explicit=explicit, special_tokens=tokens)
-    texts = list(verdicts)
-    difference = next(filter(None, (disagreement(texts[0], other, tokens) for other in texts[1:])), None)
+    first, *others = verdicts or [""]
+    difference = next(filter(None, (choosing.difference(first, other, tokens) for other in others)), None)
     if difference is not None:
         reasons = [f"There are templates of two formats here. {difference}", "Say which is right: --template FILE"]
         return Choice(None, "", reasons)
@@ -217,17 +220,6 @@ def _load(place: Folder) -> tuple[Templates, list[str]]:
 
 
 # Faults, each in a sentence.
-
-
-def _faults(place: Folder, loaded: list[Loaded], verdicts: Mapping[str, Diagnosis]) -> tuple[list[str], list[str]]:
-    """Problems, and what is only worth knowing."""
-    problems = [*_places(place), *_readers(loaded)] if files.has_tokenizer(place.path) else [_NO_TOKENIZER]
-    notes: list[str] = []
-    for text, verdict in verdicts.items():
-        wrong, remarks = _judged(text, verdict, loaded)
-        problems += wrong
-        notes += remarks
-    return problems, notes
 
 
 _NO_TOKENIZER = (
@@ -276,29 +268,37 @@ def _named(loaded: list[Loaded]) -> list[str]:
     capable = [one for one in loaded if one.reader not in files.ONE_TEMPLATE]
     found = []
     for name in sorted({name for one in capable for name in one.templates.named}):
-        texts = _grouped(capable, lambda one, name=name: one.templates.named.get(name))
+        groups = _grouped(capable, lambda one, name=name: one.templates.named.get(name))
         if not files.is_name(name):
             found.append(f"A template is named {name!r}, which may be a path that the next save writes to")
-        elif len(texts) > 1:
-            having = [one for text, group in texts.items() if text is not None for one in group]
+        elif len(groups) > 1:
+            having = [one for text, group in groups.items() if text is not None for one in group]
             found.append(
                 f"Not every reader loads the same template {name!r}: {_listed(having)} from {_sources(having)}"
             )
     return found
 
 
-def _judged(text: str, verdict: Diagnosis, loaded: list[Loaded]) -> tuple[list[str], list[str]]:
-    """Problems and remarks about one template."""
-    digest = next(one.digest for one in loaded if one.templates.default == text)
+def _judged(loaded: list[Loaded], verdicts: Mapping[str, Diagnosis]) -> tuple[list[str], list[str]]:
+    """Problems of the templates themselves, and what else is to be said of them."""
+    problems, notes = [], []
+    for text, found in verdicts.items():
+        digest = next(one.digest for one in loaded if one.templates.default == text)
+        wrong = _wrong(text, found)
+        problems += [f"{digest}: {problem}" for problem in wrong]
+        notes += [f"{digest}: {reason}" for reason in ([] if wrong else found.reasons)]
+    return problems, notes
+
+
+def _wrong(text: str, found: Diagnosis) -> list[str]:
     problems = []
-    if verdict.verdict in _FAULTS:
-        problems.append(f"{_FAULTS[verdict.verdict]}. {verdict.reasons[0]}")
+    if found.verdict in _FAULTS:
+        problems.append(f"{_FAULTS[found.verdict]}. {found.reasons[0]}")
     if strip_generation_tags(text) != text:
         problems.append("It has {% generation %} tags, which are for training and not known to every reader")
-    if hidden := headers.invisible(text):
-        problems.append(f"It has characters that nobody sees: {', '.join(sorted(map(headers.name_of, hidden)))}")
-    remarks = [] if problems else verdict.reasons
-    return [f"{digest}: {problem}" for problem in problems], [f"{digest}: {remark}" for remark in remarks]
+    if hidden := texts.hidden(text):
+        problems.append(f"It has characters that nobody sees: {texts.names(hidden)}")
+    return problems
 
 
 _FAULTS = {
