@@ -118,10 +118,8 @@ def plan(folder: str | Path, templates: Templates, *, processor: bool | None = N
     def text(name: str, content: str | None) -> Change:
         return _change(root, name, None if content is None else content.encode(), TEMPLATE_LIMIT)
 
-    # A reader that comes by between two of these steps finds the old text or the new in each place. The order makes
-    # sure that it finds a default template at every moment, if it did before and will after: what a reader falls back
-    # to is written before a place is emptied, and chat_template.json, beside which additional_chat_templates/ must
-    # never be seen, goes before and comes after that. Of several templates it may see some old beside some new.
+    # What a reader falls back to is written before a place is emptied, and chat_template.json, beside which
+    # additional_chat_templates/ must never be seen, goes before that comes and comes after that has gone.
     legacy = _member(root, LEGACY, by_name["default"] if processor and not several else None)
     steps = [
         _member(root, TOKENIZER_CONFIG, key),
@@ -139,6 +137,9 @@ def plan(folder: str | Path, templates: Templates, *, processor: bool | None = N
 
 def commit(changes: Iterable[Change]) -> None:
     """Make the changes in this order, each file in one step: a kill leaves it as it was or as it will be.
+
+    Between two files a reader finds in each place the old text or the new, never a part of one. In the order of a plan
+    it has a default template at every moment, where it had one and will have one; of several, old and new may mix.
 
     Raises:
         WriteError: a file is not what the plan was made from, or the system refused; what was done before stays done.
@@ -292,7 +293,6 @@ def _commit(changes: Sequence[Change]) -> None:
         if folder.name == ADDITIONAL:
             with suppress(OSError):  # not empty: somebody's other files stay
                 folder.rmdir()
-        _sync(folder)
 
 
 def _make(change: Change) -> None:
@@ -320,21 +320,11 @@ def _replace(path: Path, data: bytes) -> None:
                 os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # or the new name could outlive a power failure that its text does not
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _sync(folder: Path) -> None:
-    """Make names durable, where the system can: after a power failure too a folder shows what was written."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _clean(folder: Path) -> None:

@@ -134,7 +134,10 @@ def inspect(folder: Path, base: str | None = None, explicit: str | None = None) 
     eos = _eos(folder, base_folder, inference, tokens) if inference else None
     if eos is not None:
         stops = f"stops at {eos.stops_at}" if eos.stops_at else "stops at nothing"
-        problems.append(f"Generation runs on: an answer ends with {eos.token!r} (id {eos.id}), {eos.path} {stops}")
+        remedy = " (`ptfix repair --eos` adds it)" if eos.path.parent == folder else ""
+        problems.append(
+            f"Generation runs on: an answer ends with {eos.token!r} (id {eos.id}), {eos.path} {stops}{remedy}"
+        )
     if name and base_folder is None:
         notes.append(f"The base model {name} is not on this machine, so there is nothing to compare with: pass --base")
     return Inspection(folder, _kind(place), name, base_folder, loaded, verdicts, problems, notes, choice, changes, eos)
