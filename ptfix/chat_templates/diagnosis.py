@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ptfix.chat_templates import headers, repair
+from ptfix.chat_templates.agreement import disagreement
 from ptfix.chat_templates.headers import QUESTION_TURNS, Undecided
 from ptfix.chat_templates.probes import (
     ANSWERS,
@@ -24,6 +25,8 @@ from ptfix.chat_templates.probes import (
 )
 from ptfix.chat_templates.rendering import strip_generation_tags, unavailable
 from ptfix.chat_templates.texts import common_end, difference, hidden, names
+
+__all__ = ["Diagnosis", "diagnose", "disagreement"]
 
 #: A verdict stands on these; what is odd in the others is said in the reasons.
 _PLAIN_TURNS = ("first", "other", "second")
@@ -65,35 +68,6 @@ def diagnose(template: str, special_tokens: Mapping[str, str] | None = None) -> 
     return Diagnosis(
         found.verdict, found.generation_prompt, repaired, [*found.reasons, *reasons, *_hidden(template, observed)]
     )
-
-
-def disagreement(inference: str, training: str, special_tokens: Mapping[str, str]) -> str | None:
-    """Where the text that `training` trains on differs from what `inference` makes of the same conversation.
-
-    Compared are probe conversations that end with an answer. A thought block in one of them alone is no difference:
-    thinking models drop thoughts from a history, or write an empty one. Nor is a generation prompt at the very end.
-
-    Returns:
-        One sentence with the first difference, or None where `inference` can be asked about what `training` taught.
-    """
-    if (reason := unavailable()) is not None:
-        return reason
-    taught, asked = observe(training, special_tokens), observe(inference, special_tokens)
-    if not taught.turns:
-        return f"The training template cannot be compared: {taught.refusal or 'it does not show the conversation.'}"
-    if not asked.turns:
-        return f"The inference template cannot be compared: {asked.refusal or 'it does not show the conversation.'}"
-    blocks = _thought_blocks(taught) + _thought_blocks(asked)
-    for name, turn in taught.turns.items():
-        other = asked.turns.get(name)
-        if other is None:
-            refusal = asked.renders[f"{name} answered"]
-            why = f" {refusal}" if not isinstance(refusal, str) else ""
-            return f"Only the training template renders the probe conversation {name!r}.{why}"
-        trained, text = turn.answered[0], other.answered[0]
-        if not _same(trained, text, other.asked, blocks):
-            return f"In the probe conversation {name!r} {_first_difference(trained, text)}"
-    return None
 
 
 @dataclass(frozen=True)
@@ -165,7 +139,7 @@ def _standing(turn: Turn, thought: str | None) -> tuple[Literal["ok", "missing",
             "ok",
             f"The generation prompt {added!r} begins a thought, as the training text of an answer with one does.",
         )
-    return "different", _first_difference(head, prompted, "the training text has", "the prompt has")
+    return "different", "the training text has {!r} where the prompt has {!r}.".format(*difference(head, prompted))
 
 
 def _unconditional(observed: Observed) -> bool:
@@ -230,19 +204,3 @@ def _hidden(template: str, observed: Observed) -> list[str]:
     rendered = "".join(text for text in observed.renders.values() if isinstance(text, str))
     found = hidden(template) | hidden(rendered)
     return [f"It has characters that a reader cannot see: {names(found)}."] if found else []
-
-
-def _thought_blocks(observed: Observed) -> list[str]:
-    """How a thought block looks with nothing in it, as far as can be told."""
-    return []
-
-
-def _same(trained: str, text: str, asked: str, blocks: list[str]) -> bool:
-    return trained.rstrip() == text.rstrip()
-
-
-def _first_difference(
-    one: str, other: str, its: str = "training has", others: str = "the inference template has"
-) -> str:
-    mine, yours = difference(one, other)
-    return f"{its} {mine!r} where {others} {yours!r}."

@@ -88,7 +88,7 @@ def render_all(jobs: Sequence[Job], special_tokens: dict[str, str]) -> list[str 
             culprit = jobs[waiting[len(done)]].template
             for index in waiting[len(done) :]:
                 if jobs[index].template == culprit:
-                    answers[index] = RenderError(f"The template does not render: {fault}.")
+                    answers[index] = _error(fault)
     return [answer for answer in answers if answer is not None]
 
 
@@ -133,7 +133,11 @@ def _run(jobs: Sequence[Job], special_tokens: dict[str, str], seconds: float) ->
 
 
 def _answer(answer: dict[str, str]) -> str | RenderError:
-    return answer["text"] if "text" in answer else RenderError(f"The template does not render: {answer['error']}.")
+    return answer["text"] if "text" in answer else _error(answer["error"])
+
+
+def _error(why: str) -> RenderError:
+    return RenderError(f"The template does not render: {why}{'' if why.endswith(('.', '!', '?')) else '.'}")
 
 
 def _why_it_ended(status: int) -> str:
