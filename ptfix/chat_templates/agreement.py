@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from ptfix.chat_templates.probes import ANSWERS, EARLIER_ANSWER, QUESTIONS, THOUGHT, TOOL_RESULT, Observed, observe
+from ptfix.chat_templates.probes import ANSWERS, EARLIER_ANSWER, QUESTIONS, THOUGHT, TOOL_RESULT, Observed, observe_all
 from ptfix.chat_templates.rendering import unavailable
 from ptfix.chat_templates.texts import common_end, difference, units
 
@@ -24,7 +24,7 @@ def disagreement(inference: str, training: str, special_tokens: Mapping[str, str
     """
     if (reason := unavailable()) is not None:
         return reason
-    taught, asked = observe(training, special_tokens), observe(inference, special_tokens)
+    taught, asked = observe_all([training, inference], special_tokens)
     for template, observed in (("training", taught), ("inference", asked)):
         if not observed.turns:
             return f"The {template} template cannot be compared. {observed.refusal or 'It hides the conversation.'}"

@@ -57,17 +57,17 @@ def diagnose(template: str, special_tokens: Mapping[str, str] | None = None) -> 
     """
     if (reason := unavailable()) is not None:
         return Diagnosis("unknown", reasons=[reason])
-    tokens = dict(PLAUSIBLE_SPECIAL_TOKENS if special_tokens is None else special_tokens)
+    tokens = PLAUSIBLE_SPECIAL_TOKENS if special_tokens is None else special_tokens
     observed = observe(template, tokens)
     if not observed.turns:
         if observed.refusal is not None:
             return Diagnosis("unrenderable", reasons=[str(observed.refusal), *_hidden(template, observed)])
         return Diagnosis("unknown", reasons=["It does not write the words of a user and of an answer as they are."])
     found = _judge(observed, tokens)
-    repaired, reasons = _repair(template, found, observed, tokens)
-    return Diagnosis(
-        found.verdict, found.generation_prompt, repaired, [*found.reasons, *reasons, *_hidden(template, observed)]
-    )
+    repaired, repairs = _repair(template, found, observed, tokens)
+    tools = ["It renders only where tools are given."] if observed.needs_tools else []
+    reasons = [*found.reasons, *repairs, *tools, *_hidden(template, observed)]
+    return Diagnosis(found.verdict, found.generation_prompt, repaired, reasons)
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,14 @@ def _judge(observed: Observed, special_tokens: Mapping[str, str]) -> _Finding:
                 "says. Callers may count on that, so it is left as it is."
             ],
         )
-    if kinds == {"missing"}:
+    if kinds == {"missing"} or (kinds == {"ok"} and _writes_too_little(observed)):
         try:
-            return _Finding("missing_generation_prompt", headers.infer(observed), [note])
+            header = headers.infer(observed)
         except Undecided as error:
             return _Finding("missing_generation_prompt", None, [note, f"Not repaired: {error}"])
+        rest = (first.gap or "").removeprefix(header)
+        thought_left = f"After it the training text has {rest!r}, which the model is to write itself."
+        return _Finding("missing_generation_prompt", header, [note, *([thought_left] if rest.strip() else [])])
     different = [(name, note) for name, (kind, note) in standings.items() if kind == "different"]
     elsewhere = []
     if different:
@@ -119,6 +122,7 @@ def _standing(turn: Turn, thought: str | None) -> tuple[Literal["ok", "missing",
         thought: what is written between the first question and a thought, where thoughts are written.
     """
     head, prompted = turn.head, turn.prompted
+    tells = turn.gap is None or bool(turn.gap.strip())  # the training text has a header before an answer
     added = prompted[len(turn.asked) :] if prompted.startswith(turn.asked) else ""
     if head.startswith(prompted):
         rest = head[len(prompted) :]
@@ -127,7 +131,7 @@ def _standing(turn: Turn, thought: str | None) -> tuple[Literal["ok", "missing",
         if prompted == turn.asked:
             return "missing", f"Asked for an answer it does not write {rest!r}, which stands before answers."
         return "ok", f"After the generation prompt the training text has {rest!r}, which the model is to write itself."
-    if prompted.startswith(head) and prompted != turn.asked:
+    if prompted.startswith(head) and prompted != turn.asked and (tells or not prompted[len(head) :].strip()):
         rest = prompted[len(head) :]
         if not rest.strip():
             return "ok", f"The generation prompt ends with the white space {rest!r}, which the training text has not."
@@ -140,6 +144,19 @@ def _standing(turn: Turn, thought: str | None) -> tuple[Literal["ok", "missing",
             f"The generation prompt {added!r} begins a thought, as the training text of an answer with one does.",
         )
     return "different", "the training text has {!r} where the prompt has {!r}.".format(*difference(head, prompted))
+
+
+def _writes_too_little(observed: Observed) -> bool:
+    """Whether a prompt that is asked for is a part of the header only, such as a line break before it."""
+    first = observed.turns["first"]
+    added = first.prompted.removeprefix(first.asked)
+    if first.gap is None or first.prompted == first.asked or not first.head.startswith(first.prompted):
+        return False
+    try:
+        header = headers.infer(observed)
+    except Undecided:
+        return not added.strip() and bool(first.gap.strip())
+    return header.startswith(added) and bool(header[len(added) :].strip())
 
 
 def _unconditional(observed: Observed) -> bool:
@@ -183,8 +200,9 @@ def _repair(
     if found.verdict == "missing_generation_prompt":
         if found.generation_prompt is None:
             return None, []
-        header, tool = found.generation_prompt, observed.turns.get("tool result")
-        after_tools = tool is None or (tool.gap or "").startswith(header)
+        first, tool = observed.turns["first"], observed.turns.get("tool result")
+        after_tools = tool is None or (tool.gap or "").startswith(found.generation_prompt)
+        header = found.generation_prompt.removeprefix(first.prompted[len(first.asked) :])
         text = repair.append_generation_prompt(stripped, header, after_tools=after_tools)
         reasons.append(f"Repaired: it writes {header!r} where a generation prompt is asked for.")
         if not after_tools:

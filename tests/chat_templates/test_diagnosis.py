@@ -186,6 +186,45 @@ def test_a_header_that_is_none_is_not_written(template: str, because: str) -> No
     assert because in " ".join(found.reasons)
 
 
+@pytest.mark.parametrize("part", ["\n", "<|im_start|>", "<|im_start|>assistant"])
+def test_a_part_of_the_header_is_completed(part: str) -> None:
+    messages = "{% for m in messages %}{{ '\n<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
+    written = "\n<|im_start|>assistant"[: "\n<|im_start|>assistant".index(part) + len(part)].replace("\n", "\\n")
+    template = messages + "{% if add_generation_prompt %}{{ '" + written + "' }}{% endif %}"
+    found = diagnose(template, TOKENS)
+    if part.endswith("assistant"):  # white space alone is missing, which a model can write
+        assert (found.verdict, found.repaired) == ("ok", None)
+        return
+    assert (found.verdict, found.generation_prompt) == ("missing_generation_prompt", "\n<|im_start|>assistant\n")
+    assert found.repaired is not None
+    assert prompts(found.repaired, [says("Hi")])[0].endswith("Hi<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_prompt_that_was_never_trained_on_is_unknown() -> None:
+    template = (
+        "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}### Bot:{% endif %}"
+    )
+    found = diagnose(template, TOKENS)
+    assert (found.verdict, found.repaired) == ("unknown", None)
+    assert "### Bot:" in found.reasons[0]
+
+
+def test_the_header_in_the_turn_of_the_user_is_right_already() -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '<user>' + m.content + '<end><assistant>' }}"
+        "{% else %}{{ m.content + '<end>' }}{% endif %}{% endfor %}"
+    )
+    assert diagnose(template, TOKENS) == Diagnosis("ok", "")
+
+
+def test_a_template_for_tools_only() -> None:
+    template = "{% for tool in tools %}{{ tool | tojson }}{% endfor %}" + CHATML_TRAINING
+    found = diagnose(template, TOKENS)
+    assert (found.verdict, found.generation_prompt) == ("missing_generation_prompt", CHATML_HEADER)
+    assert found.repaired is not None
+    assert "only where tools are given" in " ".join(found.reasons)
+
+
 def test_plain_text_needs_no_prompt() -> None:
     assert diagnose("{% for m in messages %}{{ m.content + '\n' }}{% endfor %}", TOKENS).verdict == "ok"
 
