@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ptfix.chat_templates import headers, repair
+from ptfix.chat_templates.agreement import disagreement
 from ptfix.chat_templates.headers import QUESTION_TURNS, Undecided
 from ptfix.chat_templates.probes import (
     ANSWERS,
@@ -24,6 +25,8 @@ from ptfix.chat_templates.probes import (
 )
 from ptfix.chat_templates.rendering import strip_generation_tags, unavailable
 from ptfix.chat_templates.texts import common_end, difference, hidden, names
+
+__all__ = ["Diagnosis", "diagnose", "disagreement"]
 
 #: A verdict stands on these; what is odd in the others is said in the reasons.
 _PLAIN_TURNS = ("first", "other", "second")
@@ -54,46 +57,17 @@ def diagnose(template: str, special_tokens: Mapping[str, str] | None = None) -> 
     """
     if (reason := unavailable()) is not None:
         return Diagnosis("unknown", reasons=[reason])
-    tokens = dict(PLAUSIBLE_SPECIAL_TOKENS if special_tokens is None else special_tokens)
+    tokens = PLAUSIBLE_SPECIAL_TOKENS if special_tokens is None else special_tokens
     observed = observe(template, tokens)
     if not observed.turns:
         if observed.refusal is not None:
             return Diagnosis("unrenderable", reasons=[str(observed.refusal), *_hidden(template, observed)])
         return Diagnosis("unknown", reasons=["It does not write the words of a user and of an answer as they are."])
     found = _judge(observed, tokens)
-    repaired, reasons = _repair(template, found, observed, tokens)
-    return Diagnosis(
-        found.verdict, found.generation_prompt, repaired, [*found.reasons, *reasons, *_hidden(template, observed)]
-    )
-
-
-def disagreement(inference: str, training: str, special_tokens: Mapping[str, str]) -> str | None:
-    """Where the text that `training` trains on differs from what `inference` makes of the same conversation.
-
-    Compared are probe conversations that end with an answer. A thought block in one of them alone is no difference:
-    thinking models drop thoughts from a history, or write an empty one. Nor is a generation prompt at the very end.
-
-    Returns:
-        One sentence with the first difference, or None where `inference` can be asked about what `training` taught.
-    """
-    if (reason := unavailable()) is not None:
-        return reason
-    taught, asked = observe(training, special_tokens), observe(inference, special_tokens)
-    if not taught.turns:
-        return f"The training template cannot be compared: {taught.refusal or 'it does not show the conversation.'}"
-    if not asked.turns:
-        return f"The inference template cannot be compared: {asked.refusal or 'it does not show the conversation.'}"
-    blocks = _thought_blocks(taught) + _thought_blocks(asked)
-    for name, turn in taught.turns.items():
-        other = asked.turns.get(name)
-        if other is None:
-            refusal = asked.renders[f"{name} answered"]
-            why = f" {refusal}" if not isinstance(refusal, str) else ""
-            return f"Only the training template renders the probe conversation {name!r}.{why}"
-        trained, text = turn.answered[0], other.answered[0]
-        if not _same(trained, text, other.asked, blocks):
-            return f"In the probe conversation {name!r} {_first_difference(trained, text)}"
-    return None
+    repaired, repairs = _repair(template, found, observed, tokens)
+    tools = ["It renders only where tools are given."] if observed.needs_tools else []
+    reasons = [*found.reasons, *repairs, *tools, *_hidden(template, observed)]
+    return Diagnosis(found.verdict, found.generation_prompt, repaired, reasons)
 
 
 @dataclass(frozen=True)
@@ -118,11 +92,14 @@ def _judge(observed: Observed, special_tokens: Mapping[str, str]) -> _Finding:
                 "says. Callers may count on that, so it is left as it is."
             ],
         )
-    if kinds == {"missing"}:
+    if kinds == {"missing"} or (kinds == {"ok"} and _writes_too_little(observed)):
         try:
-            return _Finding("missing_generation_prompt", headers.infer(observed), [note])
+            header = headers.infer(observed)
         except Undecided as error:
             return _Finding("missing_generation_prompt", None, [note, f"Not repaired: {error}"])
+        rest = (first.gap or "").removeprefix(header)
+        thought_left = f"After it the training text has {rest!r}, which the model is to write itself."
+        return _Finding("missing_generation_prompt", header, [note, *([thought_left] if rest.strip() else [])])
     different = [(name, note) for name, (kind, note) in standings.items() if kind == "different"]
     elsewhere = []
     if different:
@@ -145,6 +122,7 @@ def _standing(turn: Turn, thought: str | None) -> tuple[Literal["ok", "missing",
         thought: what is written between the first question and a thought, where thoughts are written.
     """
     head, prompted = turn.head, turn.prompted
+    tells = turn.gap is None or bool(turn.gap.strip())  # the training text has a header before an answer
     added = prompted[len(turn.asked) :] if prompted.startswith(turn.asked) else ""
     if head.startswith(prompted):
         rest = head[len(prompted) :]
@@ -153,7 +131,7 @@ def _standing(turn: Turn, thought: str | None) -> tuple[Literal["ok", "missing",
         if prompted == turn.asked:
             return "missing", f"Asked for an answer it does not write {rest!r}, which stands before answers."
         return "ok", f"After the generation prompt the training text has {rest!r}, which the model is to write itself."
-    if prompted.startswith(head) and prompted != turn.asked:
+    if prompted.startswith(head) and prompted != turn.asked and (tells or not prompted[len(head) :].strip()):
         rest = prompted[len(head) :]
         if not rest.strip():
             return "ok", f"The generation prompt ends with the white space {rest!r}, which the training text has not."
@@ -165,7 +143,20 @@ def _standing(turn: Turn, thought: str | None) -> tuple[Literal["ok", "missing",
             "ok",
             f"The generation prompt {added!r} begins a thought, as the training text of an answer with one does.",
         )
-    return "different", _first_difference(head, prompted, "the training text has", "the prompt has")
+    return "different", "the training text has {!r} where the prompt has {!r}.".format(*difference(head, prompted))
+
+
+def _writes_too_little(observed: Observed) -> bool:
+    """Whether a prompt that is asked for is a part of the header only, such as a line break before it."""
+    first = observed.turns["first"]
+    added = first.prompted.removeprefix(first.asked)
+    if first.gap is None or first.prompted == first.asked or not first.head.startswith(first.prompted):
+        return False
+    try:
+        header = headers.infer(observed)
+    except Undecided:
+        return not added.strip() and bool(first.gap.strip())
+    return header.startswith(added) and bool(header[len(added) :].strip())
 
 
 def _unconditional(observed: Observed) -> bool:
@@ -209,8 +200,9 @@ def _repair(
     if found.verdict == "missing_generation_prompt":
         if found.generation_prompt is None:
             return None, []
-        header, tool = found.generation_prompt, observed.turns.get("tool result")
-        after_tools = tool is None or (tool.gap or "").startswith(header)
+        first, tool = observed.turns["first"], observed.turns.get("tool result")
+        after_tools = tool is None or (tool.gap or "").startswith(found.generation_prompt)
+        header = found.generation_prompt.removeprefix(first.prompted[len(first.asked) :])
         text = repair.append_generation_prompt(stripped, header, after_tools=after_tools)
         reasons.append(f"Repaired: it writes {header!r} where a generation prompt is asked for.")
         if not after_tools:
@@ -230,19 +222,3 @@ def _hidden(template: str, observed: Observed) -> list[str]:
     rendered = "".join(text for text in observed.renders.values() if isinstance(text, str))
     found = hidden(template) | hidden(rendered)
     return [f"It has characters that a reader cannot see: {names(found)}."] if found else []
-
-
-def _thought_blocks(observed: Observed) -> list[str]:
-    """How a thought block looks with nothing in it, as far as can be told."""
-    return []
-
-
-def _same(trained: str, text: str, asked: str, blocks: list[str]) -> bool:
-    return trained.rstrip() == text.rstrip()
-
-
-def _first_difference(
-    one: str, other: str, its: str = "training has", others: str = "the inference template has"
-) -> str:
-    mine, yours = difference(one, other)
-    return f"{its} {mine!r} where {others} {yours!r}."

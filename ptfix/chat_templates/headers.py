@@ -71,7 +71,7 @@ def _header(before_answer: str, observed: Observed) -> str:
     }
     turns = {"an answer": before_answer, **{name: text for name, text in others.items() if text is not None}}
     common = _common(turns)
-    if common not in thoughts.values():
+    if all(text is None or text.rstrip() != common.rstrip() for text in thoughts.values()):
         return _EMPTY_ELEMENT.sub("", common)
     # The first tag of a thought stands there in every case: the header ends where that of a user would end.
     twin = _twin(observed, before_answer)

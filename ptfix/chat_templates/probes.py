@@ -68,7 +68,14 @@ class Observed:
 
     renders: Mapping[str, str | RenderError]
     turns: Mapping[str, Turn]
-    refusal: RenderError | None  # of the first question, where `turns` is empty
+    #: It renders only where tools are given, so they are given in every conversation.
+    needs_tools: bool = False
+
+    @property
+    def refusal(self) -> RenderError | None:
+        """Why it does not render the plainest conversation, where it renders none."""
+        plainest = (self.renders[f"first {kind}"] for kind in ("asked", "prompted", *_answered()))
+        return next((text for text in plainest if isinstance(text, RenderError)), None) if not self.turns else None
 
     def between(self, render: str, left: str, right: str) -> str | None:
         """The text between two others in a render; None where it does not render or has not both, in this order."""
@@ -89,18 +96,36 @@ class Observed:
 
 def observe(template: str, special_tokens: Mapping[str, str]) -> Observed:
     """Render every probe conversation, in one child process."""
-    jobs = _jobs(template)
-    renders = dict(zip(jobs, render_all(list(jobs.values()), dict(special_tokens)), strict=True))
+    return observe_all([template], special_tokens)[0]
+
+
+def observe_all(templates: Sequence[str], special_tokens: Mapping[str, str]) -> list[Observed]:
+    """Render every probe conversation with every template, in one child process."""
+    observed = _observe_all(templates, special_tokens, needs_tools=False)
+    silent = [index for index, one in enumerate(observed) if not one.turns]
+    again = _observe_all([templates[index] for index in silent], special_tokens, needs_tools=True)
+    for index, one in zip(silent, again, strict=True):
+        if one.turns:
+            observed[index] = one
+    return observed
+
+
+def _observe_all(templates: Sequence[str], special_tokens: Mapping[str, str], needs_tools: bool) -> list[Observed]:
+    jobs = [_jobs(template, needs_tools) for template in templates]
+    renders = iter(render_all([job for some in jobs for job in some.values()], special_tokens))
+    return [_observed({name: next(renders) for name in some}, needs_tools) for some in jobs]
+
+
+def _observed(renders: dict[str, str | RenderError], needs_tools: bool) -> Observed:
     style = "" if _turn(renders, "first", "") else "parts "
     turns = {
         name: turn for name, *_ in _conversations() if (turn := _turn(renders, name, style if name != "parts" else ""))
     }
-    if "parts" in turns and turns["parts"].asked != turns["first"].asked:
+    if "parts" in turns and ("first" not in turns or turns["parts"].asked != turns["first"].asked):
         del turns["parts"]  # it writes the list, not the text in it
     if style:  # under the plain names, so that nobody else needs to know
         renders = {**renders, **{name.removeprefix(style): text for name, text in renders.items() if style in name}}
-    refusal = renders["first asked"] if not turns else None
-    return Observed(renders, turns if "first" in turns else {}, refusal if isinstance(refusal, RenderError) else None)
+    return Observed(renders, turns if "first" in turns else {}, needs_tools)
 
 
 def _turn(renders: Mapping[str, str | RenderError], name: str, style: str) -> Turn | None:
@@ -136,7 +161,7 @@ def _conversations() -> Iterator[tuple[str, list[Message], list[Message] | None]
     yield "tool result", [first, _calls(), result], [_TOOL]
 
 
-def _jobs(template: str) -> dict[str, Job]:
+def _jobs(template: str, needs_tools: bool) -> dict[str, Job]:
     jobs = {}
     for style in ("", "parts "):
 
@@ -163,6 +188,8 @@ def _jobs(template: str) -> dict[str, Job]:
             "later answered": Job(template, [first, answer], now=LATER),
         }.items():
             jobs[f"{style}{name}"] = job._replace(messages=shaped(job.messages))
+    if needs_tools:
+        jobs = {name: job._replace(tools=[_TOOL]) for name, job in jobs.items()}
     return jobs
 
 

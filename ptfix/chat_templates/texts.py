@@ -41,9 +41,7 @@ def difference(one: str, other: str) -> tuple[str, str]:
 def hidden(text: Iterable[str]) -> set[str]:
     """The characters that a reader cannot see and a model can: bidi overrides, zero widths, controls, private ones."""
     return {
-        letter
-        for letter in set(text)
-        if letter not in "\t\n\r" and unicodedata.category(letter) in ("Cf", "Cc", "Co", "Cn")
+        letter for letter in set(text) if letter not in "\t\n\r" and unicodedata.category(letter) in ("Cf", "Cc", "Co")
     }
 
 
