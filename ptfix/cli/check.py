@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """Print what was found; 1 where something is wrong, else 0."""
     found = examine(args)
     findings = {"ptfix": ptfix.__version__, "path": str(args.path), "folders": [described(one) for one in found]}
-    print(json.dumps(findings, indent=2) if args.json else "\n\n".join(map(_text, found)))
+    show(json.dumps(findings, indent=2) if args.json else "\n\n".join(map(_text, found)))
     return 1 if any(one.problems for one in found) else 0
 
 
@@ -94,11 +96,18 @@ def described(found: Inspection) -> dict[str, Any]:
     }
 
 
+def show(text: str) -> None:
+    """Print, also where the terminal's encoding has no room for a template's characters."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    print(text)
+
+
 def heading(found: Inspection) -> str:
     """One line about the folder."""
     base = f", on {found.base}" if found.base else ""
     place = f" ({found.base_folder})" if found.base_folder and str(found.base_folder) != found.base else ""
-    return f"{found.folder}: {found.kind}{base}{place}"
+    return visible(f"{found.folder}: {found.kind}{base}{place}")
 
 
 def problem_lines(found: Inspection) -> list[str]:

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
             for one in outcomes
         ],
     }
-    print(json.dumps(findings, indent=2) if args.json else "\n\n".join(map(_text, outcomes)))
+    check.show(json.dumps(findings, indent=2) if args.json else "\n\n".join(map(_text, outcomes)))
     return 0 if all(one.good for one in outcomes) else 1
 
 

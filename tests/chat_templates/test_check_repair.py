@@ -361,12 +361,24 @@ def test_junk_is_told_in_a_sentence(name: str, capsys: pytest.CaptureFixture[str
 
 
 def test_what_a_terminal_would_obey_is_spelled_out(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    folder = lay_out(tmp_path, {"chat_template.jinja": TRAINING.replace("user", "user") + "{# \x1b[2J\u202e #}"})
+    adapter = json.dumps({"base_model_name_or_path": "\x1b]0;\u202ename"})
+    hostile = TRAINING + "{# \x1b[2J\u202e #}"
+    folder = lay_out(tmp_path, {"chat_template.jinja": hostile, "adapter_config.json": adapter})
     for command in ("check", "repair"):
         _, out, _ = ptfix(capsys, command, folder)
         assert "\x1b" not in out
         assert "\u202e" not in out
     assert "\\x1b[2J\\u202e" in out
+
+
+def test_a_terminal_without_the_characters(tmp_path: Path) -> None:
+    folder = lay_out(tmp_path, {"tokenizer_config.json": config(TRAINING + "{# é 世 #}")})
+    narrow = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "ptfix", "check", folder], cwd=ROOT, env=narrow, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (1, b"")
+    assert b"\\u4e16" in done.stdout
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits are POSIX's")
