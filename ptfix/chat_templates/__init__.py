@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ptfix.chat_templates.diagnosis import Diagnosis, diagnose
 
-__all__ = ["Diagnosis", "diagnose", "register"]  # noqa: F822 `register` is loaded on first use
+__all__ = ["Diagnosis", "diagnose", "register"]
 
 #: Loaded on first use: the command line must answer at once, and only `saving` needs the hosts.
 _LAZY = {"Diagnosis": "diagnosis", "diagnose": "diagnosis", "register": "saving"}

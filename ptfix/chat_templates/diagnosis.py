@@ -6,12 +6,12 @@ renders with the answer, up to the answer. Then a model is asked in the very tex
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ptfix.chat_templates import headers, repair
+from ptfix.chat_templates.agreement import disagreement
 from ptfix.chat_templates.headers import QUESTION_TURNS, Undecided
 from ptfix.chat_templates.probes import (
     ANSWERS,
@@ -24,6 +24,12 @@ from ptfix.chat_templates.probes import (
     observe,
 )
 from ptfix.chat_templates.rendering import strip_generation_tags, unavailable
+from ptfix.chat_templates.texts import common_end, difference, hidden, names
+
+__all__ = ["Diagnosis", "diagnose", "disagreement"]
+
+#: A verdict stands on these; what is odd in the others is said in the reasons.
+_PLAIN_TURNS = ("first", "other", "second")
 
 Verdict = Literal["ok", "missing_generation_prompt", "unconditional_generation_prompt", "unrenderable", "unknown"]
 
@@ -42,7 +48,7 @@ class Diagnosis:
 
 
 def diagnose(template: str, special_tokens: Mapping[str, str] | None = None) -> Diagnosis:
-    """Whether a template renders a conversation for inference as it does for training, and the repair where it does not.
+    """Whether a template asks for an answer in the text it trains on, and the repaired template where it does not.
 
     The template is rendered, in a child process with bounds on time and memory. Never raises for what a template does.
 
@@ -51,46 +57,17 @@ def diagnose(template: str, special_tokens: Mapping[str, str] | None = None) -> 
     """
     if (reason := unavailable()) is not None:
         return Diagnosis("unknown", reasons=[reason])
-    tokens = dict(PLAUSIBLE_SPECIAL_TOKENS if special_tokens is None else special_tokens)
+    tokens = PLAUSIBLE_SPECIAL_TOKENS if special_tokens is None else special_tokens
     observed = observe(template, tokens)
     if not observed.turns:
         if observed.refusal is not None:
             return Diagnosis("unrenderable", reasons=[str(observed.refusal), *_hidden(template, observed)])
         return Diagnosis("unknown", reasons=["It does not write the words of a user and of an answer as they are."])
     found = _judge(observed, tokens)
-    repaired, reasons = _repair(template, found, observed, tokens)
-    return Diagnosis(
-        found.verdict, found.generation_prompt, repaired, [*found.reasons, *reasons, *_hidden(template, observed)]
-    )
-
-
-def disagreement(inference: str, training: str, special_tokens: Mapping[str, str]) -> str | None:
-    """Where the text that `training` trains on differs from what `inference` makes of the same conversation.
-
-    Compared are probe conversations that end with an answer. A thought block in one of them alone is no difference:
-    thinking models drop thoughts from a history, or write an empty one. Nor is a generation prompt at the very end.
-
-    Returns:
-        One sentence with the first difference, or None where `inference` can be asked about what `training` taught.
-    """
-    if (reason := unavailable()) is not None:
-        return reason
-    taught, asked = observe(training, special_tokens), observe(inference, special_tokens)
-    if not taught.turns:
-        return f"The training template cannot be compared: {taught.refusal or 'it does not show the conversation.'}"
-    if not asked.turns:
-        return f"The inference template cannot be compared: {asked.refusal or 'it does not show the conversation.'}"
-    blocks = _thought_blocks(taught) + _thought_blocks(asked)
-    for name, turn in taught.turns.items():
-        other = asked.turns.get(name)
-        if other is None:
-            refusal = asked.renders[f"{name} answered"]
-            why = f" {refusal}" if not isinstance(refusal, str) else ""
-            return f"Only the training template renders the probe conversation {name!r}.{why}"
-        trained, text = turn.answered[0], other.answered[0]
-        if not _same(trained, text, other.asked, blocks):
-            return f"In the probe conversation {name!r} {_first_difference(trained, text)}"
-    return None
+    repaired, repairs = _repair(template, found, observed, tokens)
+    tools = ["It renders only where tools are given."] if observed.needs_tools else []
+    reasons = [*found.reasons, *repairs, *tools, *_hidden(template, observed)]
+    return Diagnosis(found.verdict, found.generation_prompt, repaired, reasons)
 
 
 @dataclass(frozen=True)
@@ -103,27 +80,39 @@ class _Finding:
 def _judge(observed: Observed, special_tokens: Mapping[str, str]) -> _Finding:
     thought = observed.gap("thought", THOUGHT)
     standings = {name: _standing(observed.turns[name], thought) for name in QUESTION_TURNS if name in observed.turns}
-    kinds = Counter(kind for kind, _ in standings.values())
+    kinds = {kind for kind, _ in standings.values()}
     first = observed.turns["first"]
-    if set(kinds) == {"missing"}:
-        try:
-            return _Finding("missing_generation_prompt", headers.infer(observed), [standings["first"][1]])
-        except Undecided as error:
-            return _Finding("missing_generation_prompt", None, [standings["first"][1], str(error)])
-    if set(kinds) != {"ok"}:
-        faults = [f"{note} (probe conversation {name!r})" for name, (kind, note) in standings.items() if kind != "ok"]
-        return _Finding("unknown", None, faults)
-    reasons = [standings["first"][1]] if standings["first"][1] else []
-    if first.prompted == first.asked and (header := _unconditional(observed, special_tokens)) is not None:
+    note = standings["first"][1]
+    if kinds <= {"ok", "missing"} and _unconditional(observed):
         return _Finding(
             "unconditional_generation_prompt",
-            header,
+            _generation_prompt_after_answer(observed, special_tokens),
             [
                 "The generation prompt is written after every text, an answer included, whatever add_generation_prompt "
                 "says. Callers may count on that, so it is left as it is."
             ],
         )
-    return _Finding("ok", _generation_prompt(first, special_tokens), reasons)
+    if kinds == {"missing"} or (kinds == {"ok"} and _writes_too_little(observed)):
+        try:
+            header = headers.infer(observed)
+        except Undecided as error:
+            return _Finding("missing_generation_prompt", None, [note, f"Not repaired: {error}"])
+        rest = (first.gap or "").removeprefix(header)
+        thought_left = f"After it the training text has {rest!r}, which the model is to write itself."
+        return _Finding("missing_generation_prompt", header, [note, *([thought_left] if rest.strip() else [])])
+    different = [(name, note) for name, (kind, note) in standings.items() if kind == "different"]
+    elsewhere = []
+    if different:
+        where = ", ".join(repr(name) for name, _ in different)
+        elsewhere.append(f"In {where} (probe conversations) prompt and training text differ: {different[0][1]}")
+    if any(standings[name][0] != "ok" for name in _PLAIN_TURNS if name in standings) or "missing" in kinds:
+        missing = [
+            f"In the probe conversation {name!r}: {text}"
+            for name, (kind, text) in standings.items()
+            if kind == "missing"
+        ]
+        return _Finding("unknown", None, [*elsewhere, *missing[:1]])
+    return _Finding("ok", _generation_prompt(first, special_tokens), [*([note] if note else []), *elsewhere])
 
 
 def _standing(turn: Turn, thought: str | None) -> tuple[Literal["ok", "missing", "different"], str]:
@@ -133,6 +122,7 @@ def _standing(turn: Turn, thought: str | None) -> tuple[Literal["ok", "missing",
         thought: what is written between the first question and a thought, where thoughts are written.
     """
     head, prompted = turn.head, turn.prompted
+    tells = turn.gap is None or bool(turn.gap.strip())  # the training text has a header before an answer
     added = prompted[len(turn.asked) :] if prompted.startswith(turn.asked) else ""
     if head.startswith(prompted):
         rest = head[len(prompted) :]
@@ -141,7 +131,7 @@ def _standing(turn: Turn, thought: str | None) -> tuple[Literal["ok", "missing",
         if prompted == turn.asked:
             return "missing", f"Asked for an answer it does not write {rest!r}, which stands before answers."
         return "ok", f"After the generation prompt the training text has {rest!r}, which the model is to write itself."
-    if prompted.startswith(head) and prompted != turn.asked:
+    if prompted.startswith(head) and prompted != turn.asked and (tells or not prompted[len(head) :].strip()):
         rest = prompted[len(head) :]
         if not rest.strip():
             return "ok", f"The generation prompt ends with the white space {rest!r}, which the training text has not."
@@ -153,22 +143,45 @@ def _standing(turn: Turn, thought: str | None) -> tuple[Literal["ok", "missing",
             "ok",
             f"The generation prompt {added!r} begins a thought, as the training text of an answer with one does.",
         )
-    return "different", _first_difference(head, prompted, "the training text", "the generation prompt")
+    return "different", "the training text has {!r} where the prompt has {!r}.".format(*difference(head, prompted))
 
 
-def _unconditional(observed: Observed, special_tokens: Mapping[str, str]) -> str | None:
-    """The header that a template writes after everything, an answer included; None where it does not."""
-    answered, asked = observed.turns["first"].answered[0], observed.turns["first"].asked
-    tail = answered[answered.rindex(ANSWERS[0]) + len(ANSWERS[0]) :]
-    after_question = asked[asked.rindex(QUESTIONS[0]) + len(QUESTIONS[0]) :]
-    second = observed.turns.get("second")
-    before_user = observed.between("second asked", EARLIER_ANSWER, QUESTIONS[1])
-    if not tail.strip() or second is None or before_user is None or before_user.startswith(tail.rstrip()):
-        return None  # what follows an answer stays there when the conversation goes on: the end of the answer
+def _writes_too_little(observed: Observed) -> bool:
+    """Whether a prompt that is asked for is a part of the header only, such as a line break before it."""
+    first = observed.turns["first"]
+    added = first.prompted.removeprefix(first.asked)
+    if first.gap is None or first.prompted == first.asked or not first.head.startswith(first.prompted):
+        return False
+    try:
+        header = headers.infer(observed)
+    except Undecided:
+        return not added.strip() and bool(first.gap.strip())
+    return header.startswith(added) and bool(header[len(added) :].strip())
+
+
+def _unconditional(observed: Observed) -> bool:
+    """Whether what a template writes after a question, to be answered, it writes after an answer too."""
+    first = observed.turns["first"]
+    after_answer, before_user = _after(first.answered[0], ANSWERS[0]), _before_user(observed)
+    if first.prompted != first.asked or before_user is None or before_user.startswith(after_answer.rstrip()):
+        return False  # what stays behind an answer when the conversation goes on is its end
+    return bool(common_end(after_answer, _after(first.asked, QUESTIONS[0])).strip())
+
+
+def _generation_prompt_after_answer(observed: Observed, special_tokens: Mapping[str, str]) -> str | None:
+    """What stands behind an answer but for the end of the answer; None where the two cannot be told apart."""
+    asked, before_user = observed.turns["first"].asked, _before_user(observed) or ""
     user = asked[: asked.index(QUESTIONS[0])].removeprefix(special_tokens.get("bos_token", ""))
-    end_of_turn = before_user.removesuffix(user)
-    header = tail.removeprefix(end_of_turn)
-    return header if header.strip() and header != tail and after_question.endswith(header) else None
+    after_answer, end = _after(observed.turns["first"].answered[0], ANSWERS[0]), before_user.removesuffix(user)
+    return after_answer.removeprefix(end) if user and end != before_user and after_answer.startswith(end) else None
+
+
+def _before_user(observed: Observed) -> str | None:
+    return observed.between("second asked", EARLIER_ANSWER, QUESTIONS[1])
+
+
+def _after(text: str, part: str) -> str:
+    return text[text.rindex(part) + len(part) :]
 
 
 def _generation_prompt(turn: Turn, special_tokens: Mapping[str, str]) -> str | None:
@@ -187,8 +200,9 @@ def _repair(
     if found.verdict == "missing_generation_prompt":
         if found.generation_prompt is None:
             return None, []
-        header, tool = found.generation_prompt, observed.turns.get("tool result")
-        after_tools = tool is None or (tool.gap or "").startswith(header)
+        first, tool = observed.turns["first"], observed.turns.get("tool result")
+        after_tools = tool is None or (tool.gap or "").startswith(found.generation_prompt)
+        header = found.generation_prompt.removeprefix(first.prompted[len(first.asked) :])
         text = repair.append_generation_prompt(stripped, header, after_tools=after_tools)
         reasons.append(f"Repaired: it writes {header!r} where a generation prompt is asked for.")
         if not after_tools:
@@ -206,22 +220,5 @@ def _repair(
 
 def _hidden(template: str, observed: Observed) -> list[str]:
     rendered = "".join(text for text in observed.renders.values() if isinstance(text, str))
-    names = sorted({headers.name_of(letter) for letter in headers.invisible(template) | headers.invisible(rendered)})
-    return [f"It has characters that a reader cannot see: {', '.join(names)}."] if names else []
-
-
-def _thought_blocks(observed: Observed) -> list[str]:
-    """How a thought block looks with nothing in it, as far as can be told."""
-    return []
-
-
-def _same(trained: str, text: str, asked: str, blocks: list[str]) -> bool:
-    return trained.rstrip() == text.rstrip()
-
-
-def _first_difference(one: str, other: str, its: str = "training has", others: str = "inference has") -> str:
-    at = next(
-        (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-    )
-    start = max(0, at - 20)
-    return f"{its} {one[start : at + 40]!r} where {others} {other[start : at + 40]!r}."
+    found = hidden(template) | hidden(rendered)
+    return [f"It has characters that a reader cannot see: {names(found)}."] if found else []

@@ -47,6 +47,9 @@ __all__ = [
     "Templates",
     "WriteError",
     "commit",
+    "has_tokenizer",
+    "is_name",
+    "out_of_reach",
     "plan",
     "special_tokens",
     "write",
@@ -55,6 +58,15 @@ __all__ = [
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 #: Any one of them makes a folder a tokenizer's, whose tokenizer_config.json may be missing.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+#: Readers that, of several templates, never load or do not always load more than the default one.
+ONE_TEMPLATE = {
+    "transformers 4.34-4.38 tokenizer",
+    "transformers 4.47-4.51 tokenizer",
+    "transformers 4.42 processor",
+    "transformers 4.43-4.46 processor",
+    "transformers 4.47-4.51 processor",
+    "TGI",
+}
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _TEMPORARY = re.compile(r"\..+\.(?P<host>[^.]*)-(?P<process>\d+)-[0-9a-f]+\.ptfix-tmp")
 _ABANDONED = 3600.0  # seconds after which a temporary file is of no living writer, on whatever machine
@@ -106,10 +118,8 @@ def plan(folder: str | Path, templates: Templates, *, processor: bool | None = N
     def text(name: str, content: str | None) -> Change:
         return _change(root, name, None if content is None else content.encode(), TEMPLATE_LIMIT)
 
-    # A reader that comes by between two of these steps finds the old text or the new in each place. The order makes
-    # sure that it finds a default template at every moment, if it did before and will after: what a reader falls back
-    # to is written before a place is emptied, and chat_template.json, beside which additional_chat_templates/ must
-    # never be seen, goes before and comes after that. Of several templates it may see some old beside some new.
+    # What a reader falls back to is written before a place is emptied, and chat_template.json, beside which
+    # additional_chat_templates/ must never be seen, goes before that comes and comes after that has gone.
     legacy = _member(root, LEGACY, by_name["default"] if processor and not several else None)
     steps = [
         _member(root, TOKENIZER_CONFIG, key),
@@ -127,6 +137,9 @@ def plan(folder: str | Path, templates: Templates, *, processor: bool | None = N
 
 def commit(changes: Iterable[Change]) -> None:
     """Make the changes in this order, each file in one step: a kill leaves it as it was or as it will be.
+
+    Between two files a reader finds in each place the old text or the new, never a part of one. In the order of a plan
+    it has a default template at every moment, where it had one and will have one; of several, old and new may mix.
 
     Raises:
         WriteError: a file is not what the plan was made from, or the system refused; what was done before stays done.
@@ -159,6 +172,23 @@ def write(folder: str | Path, templates: Templates, *, processor: bool | None = 
     return changes
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a tokenizer is saved in `folder`."""
+    return any(Path(folder, name).is_file() for name in (TOKENIZER_CONFIG, *_VOCABULARIES))
+
+
+def is_name(name: str) -> bool:
+    """Whether a template other than the default one may be called so: the name becomes a file's."""
+    # transformers keeps these under chat_template_NAME beside its own chat_template_file, which is the default one.
+    return _NAME.fullmatch(name) is not None and name != "file"
+
+
+def out_of_reach(templates: Templates) -> set[str]:
+    """The ids of the readers that have no place where the canonical set of these templates could stand."""
+    several = {"transformers 4.34-4.38 tokenizer", "transformers 4.43-4.46 processor"} if templates.named else set()
+    return {"transformers 4.42 processor", *several}
+
+
 def special_tokens(folder: str | Path) -> dict[str, str]:
     """The special tokens that a template may name (bos_token, eos_token, ...), as the folder's files say.
 
@@ -189,7 +219,7 @@ def _root(folder: str | Path) -> Path:
     if not root.is_dir():
         raise WriteError(f"{root} is not a folder")
     root = root.resolve()
-    if not any((root / name).is_file() for name in (TOKENIZER_CONFIG, *_VOCABULARIES)):
+    if not has_tokenizer(root):
         raise WriteError(f"{root} holds no tokenizer: save one there first, tokenizer.save_pretrained({str(root)!r})")
     return root
 
@@ -201,8 +231,7 @@ def _checked(templates: Templates) -> dict[str, str]:
         raise WriteError("a template is named 'default' beside the default one: give it another name")
     found = {}
     for name, text in templates.by_name().items():
-        # transformers keeps these under chat_template_NAME beside its own chat_template_file, which is the default one.
-        if not _NAME.fullmatch(name) or name == "file":
+        if not is_name(name):
             raise WriteError(
                 f"{name!r} cannot be the name of a template: use letters, digits, '_' and '-', and not 'file'"
             )
@@ -264,7 +293,6 @@ def _commit(changes: Sequence[Change]) -> None:
         if folder.name == ADDITIONAL:
             with suppress(OSError):  # not empty: somebody's other files stay
                 folder.rmdir()
-        _sync(folder)
 
 
 def _make(change: Change) -> None:
@@ -292,21 +320,11 @@ def _replace(path: Path, data: bytes) -> None:
                 os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # or the new name could outlive a power failure that its text does not
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _sync(folder: Path) -> None:
-    """Make names durable, where the system can: after a power failure too a folder shows what was written."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _clean(folder: Path) -> None:

@@ -1,19 +1,22 @@
 """Which generation prompt a template without one should have: found in what it writes before an answer.
 
-The training text alone has it, and for most templates exactly it, between what was asked and the answer. The exception
-are thinking models: there a block for the thought, often empty, stands between the prompt and the answer.
+The prompt must begin every turn of the assistant that the template can write: an answer, a later one, one with a
+thought, the call of a tool. What they all begin with is the prompt, unless it holds the first tag of a thought too.
 """
 
 from __future__ import annotations
 
-import os.path
-import unicodedata
-from collections.abc import Iterable
+import re
+from collections.abc import Mapping
 
-from ptfix.chat_templates.probes import ANSWERS, EARLIER_ANSWER, MARK, QUESTIONS, THOUGHT, Observed
+from ptfix.chat_templates.probes import ANSWERS, EARLIER_ANSWER, MARK, QUESTIONS, THOUGHT, TOOL, Observed
+from ptfix.chat_templates.texts import common_prefix, hidden, names, units
 
 #: Turns where a user waits for an answer; after the result of a tool a template may go on without a header.
 QUESTION_TURNS = ("first", "other", "second", "system", "system second", "parts", "tools")
+
+#: Such as `<think></think>` at the end: a thought left out, which a model is to write, or to fill, itself.
+_EMPTY_ELEMENT = re.compile(r"<([^<>/\s]+)>\s*</\1>\s*\Z")
 
 
 class Undecided(Exception):
@@ -26,73 +29,100 @@ def infer(observed: Observed) -> str:
     Raises:
         Undecided: what stands before an answer is not surely the prompt, all of it and nothing else.
     """
-    gap = _gap(observed)
-    if (marked := observed.gap("marked", MARK)) and marked.strip() and gap.startswith(marked):
-        return _plain(marked)  # its {% generation %} tag says where the model begins to write
-    thoughtful = observed.gap("thought", THOUGHT)
-    earlier = observed.gap("second asked", EARLIER_ANSWER)
-    common = os.path.commonprefix([text for text in (gap, thoughtful, earlier) if text is not None])
-    if common in (gap, earlier) and (thoughtful is None or common != thoughtful):
-        return _plain(common)
-    twin = _twin(observed, gap)
-    if twin is None or not common.startswith(twin):
-        raise Undecided(
-            f"Before an answer it writes {gap!r}, but {_other(gap, thoughtful, earlier)!r} where there is a thought or "
-            "a later turn; where the generation prompt ends in there cannot be told."
-        )
-    return _plain(twin)
+    before_answer = _before_answer(observed)
+    header = _header(before_answer, observed)
+    again = observed.gap("user again", ANSWERS[0])
+    if again is not None and again.startswith(header):
+        raise Undecided(f"It writes {header!r} before the words of a user too, so that is no header of an answer.")
+    if hidden(header):
+        raise Undecided(f"What it writes before an answer has characters that cannot be seen: {names(hidden(header))}.")
+    if not header.strip():
+        raise Undecided(f"What it writes before an answer, {before_answer!r}, is no header: it differs between turns.")
+    # A tokenizer joins a space with the word that follows, so a prompt that ends in one is not how a model was trained.
+    return header.rstrip(" ")
 
 
-def _gap(observed: Observed) -> str:
+def _before_answer(observed: Observed) -> str:
     """What stands between a question and its answer, the same in every conversation."""
     gaps = {name: observed.turns[name].gap for name in QUESTION_TURNS if name in observed.turns}
     gap = gaps["first"]
-    assert gap is not None, "an answer changes the text before it"
+    assert gap is not None, "infer() is for templates that add nothing where a prompt is asked for"
     for name, other in gaps.items():
         if other != gap:
             raise Undecided(f"Before an answer it writes {gap!r}, but {other!r} in the probe conversation {name!r}.")
-    later = observed.gap("later", ANSWERS[0])
-    if later != gap:
+    if observed.gap("later answered", ANSWERS[0], "later asked") != gap:
         raise Undecided(f"What it writes before an answer, {gap!r}, depends on the date.")
-    again = observed.gap("user again", ANSWERS[0])
-    if again is not None and again.startswith(gap):
-        raise Undecided(f"It writes {gap!r} before the words of a user too, so that is no header of an answer.")
     return gap
 
 
-def _twin(observed: Observed, gap: str) -> str | None:
-    """The part of `gap` that is made like the header of a user, around another word for the role."""
+def _header(before_answer: str, observed: Observed) -> str:
+    if (marked := observed.gap("marked", MARK)) and marked.strip() and before_answer.startswith(marked):
+        # Its {% generation %} tag says where the model begins to write; a line break there belongs to the header.
+        return marked if before_answer[len(marked) :].strip() else before_answer
+    thoughts = {
+        "an answer with a thought": observed.gap("thought", THOUGHT),
+        "the call of a tool after a thought": observed.gap("thoughtful call", THOUGHT, "tools asked"),
+    }
+    others = {
+        "an earlier answer": observed.gap("second asked", EARLIER_ANSWER),
+        "the call of a tool": observed.gap("call", TOOL, "tools asked"),
+        "the call of a tool without content": observed.gap("bare call", TOOL, "tools asked"),
+        **thoughts,
+    }
+    turns = {"an answer": before_answer, **{name: text for name, text in others.items() if text is not None}}
+    common = _common(turns)
+    if all(text is None or text.rstrip() != common.rstrip() for text in thoughts.values()):
+        return _EMPTY_ELEMENT.sub("", common)
+    # The first tag of a thought stands there in every case: the header ends where that of a user would end.
+    twin = _twin(observed, before_answer)
+    if twin is None or not common.startswith(twin):
+        raise Undecided(_why(before_answer, turns))
+    return twin
+
+
+def _why(before_answer: str, turns: Mapping[str, str]) -> str:
+    name, text = next((name, text) for name, text in turns.items() if text != before_answer)
+    return (
+        f"It writes {before_answer!r} before an answer and {text!r} before {name}; where in there the prompt ends "
+        "and the thought begins cannot be told."
+    )
+
+
+def _common(turns: Mapping[str, str]) -> str:
+    """What all turns begin with, cut where a header can end."""
+    whole = common_prefix(list(turns.values()))
+    if whole in (turns["an answer"], turns.get("an earlier answer")):
+        return whole
+    header: list[str] = []
+    # A call goes on with the name of the tool: a letter, which a header can no more run into than a tag.
+    for one, *others in zip(*(units(text + "x") for text in turns.values()), strict=False):
+        if any(other != one for other in others):
+            break
+        header.append(one)
+    nexts = {text[len("".join(header)) :][:1] or "x" for text in turns.values()}
+    while header and not _can_end(header[-1], nexts):
+        nexts = {header.pop()[0]}
+    return "".join(header)
+
+
+def _can_end(unit: str, nexts: set[str]) -> bool:
+    """Whether a header can end with `unit` where the texts go on with `nexts`."""
+    if re.fullmatch(r"\w+", unit):
+        return all(letter.isspace() or letter in "<[" for letter in nexts)
+    return unit.isspace() or unit[-1] in ">]:"
+
+
+def _twin(observed: Observed, before_answer: str) -> str | None:
+    """The part of `before_answer` that is made like the header of a user, around another word for the role."""
     user = observed.between("second asked", EARLIER_ANSWER, QUESTIONS[1])
     if user is None:
         return None
-    opening = next((gap[:length] for length in range(len(gap), 0, -1) if gap[:length] in user), "")
+    lengths = range(len(before_answer), 0, -1)
+    opening = next((before_answer[:length] for length in lengths if before_answer[:length] in user), "")
     role_and_closing = user[user.rindex(opening) + len(opening) :] if opening else ""
     for start in range(1, len(role_and_closing)):  # the role has at least one letter
         closing = role_and_closing[start:]
-        end = gap.find(closing, len(opening) + 1)
+        end = before_answer.find(closing, len(opening) + 1)
         if end != -1:
-            return gap[: end + len(closing)]
+            return before_answer[: end + len(closing)]
     return None
-
-
-def _other(gap: str, *others: str | None) -> str:
-    return next((other for other in others if other is not None and other != gap), gap)
-
-
-def _plain(header: str) -> str:
-    hidden = sorted({name_of(letter) for letter in invisible(header)})
-    if hidden:
-        raise Undecided(f"What it writes before an answer has invisible characters: {', '.join(hidden)}.")
-    return header
-
-
-def invisible(text: Iterable[str]) -> set[str]:
-    """The characters in `text` that a reader cannot see: formats such as bidi overrides, and controls."""
-    return {
-        letter for letter in set(text) if unicodedata.category(letter) in ("Cf", "Cc", "Co") and letter not in "\t\n\r"
-    }
-
-
-def name_of(letter: str) -> str:
-    """How to speak of a character that cannot be seen."""
-    return f"U+{ord(letter):04X} {unicodedata.name(letter, 'without a name')}"

@@ -115,7 +115,7 @@ class Folder:
         if data is None:
             return None
         # Every reader opens these as text, where Python turns each kind of line end into \n.
-        return _decoded(data, self.path / name).replace("\r\n", "\n").replace("\r", "\n")
+        return decoded(data, self.path / name).replace("\r\n", "\n").replace("\r", "\n")
 
     def _json(self, name: str) -> dict[str, Any] | None:
         data = read_bytes(self.path / name, JSON_LIMIT)
@@ -152,7 +152,7 @@ def parsed(data: bytes, path: Path) -> dict[str, Any]:
         ReadError: there is none.
     """
     try:
-        value = json.loads(_decoded(data, path))
+        value = json.loads(decoded(data, path))
     except (ValueError, RecursionError) as error:
         raise ReadError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -160,7 +160,12 @@ def parsed(data: bytes, path: Path) -> dict[str, Any]:
     return value
 
 
-def _decoded(data: bytes, path: Path) -> str:
+def decoded(data: bytes, path: Path) -> str:
+    """The text of the file.
+
+    Raises:
+        ReadError: it is not text.
+    """
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -363,3 +368,29 @@ READERS: tuple[Reader, ...] = (
     Reader("SGLang", _sglang),
     Reader("TGI", _tgi),
 )
+
+
+def load(folder: str | Path | Folder) -> Templates:
+    """What the newest releases load from `folder`; where they find nothing usable, what any reader finds.
+
+    Raises:
+        ReadError: no reader finds a template, and at least one raises; the first of these sentences.
+    """
+    folder = folder if isinstance(folder, Folder) else Folder(folder)
+    error = None
+    for find in (_vllm, *(reader.find for reader in READERS if reader.reads(folder))):
+        found = _attempt(find, folder)
+        if isinstance(found, ReadError):
+            error = error or found
+        elif (found.default or "").strip():
+            return found
+    if error:
+        raise error
+    return Templates()
+
+
+def _attempt(find: Callable[[Folder], Templates], folder: Folder) -> Templates | ReadError:
+    try:
+        return find(folder)
+    except ReadError as error:
+        return error

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ def unavailable() -> str | None:
     return None
 
 
-def render_all(jobs: Sequence[Job], special_tokens: dict[str, str]) -> list[str | RenderError]:
+def render_all(jobs: Sequence[Job], special_tokens: Mapping[str, str]) -> list[str | RenderError]:
     """Render every job in a child process with bounds on time, memory and output, in the same order.
 
     A template that breaks a bound takes its own other jobs with it, and nobody else's. Never raises.
@@ -88,7 +89,7 @@ def render_all(jobs: Sequence[Job], special_tokens: dict[str, str]) -> list[str 
             culprit = jobs[waiting[len(done)]].template
             for index in waiting[len(done) :]:
                 if jobs[index].template == culprit:
-                    answers[index] = RenderError(f"The template does not render: {fault}.")
+                    answers[index] = _error(fault)
     return [answer for answer in answers if answer is not None]
 
 
@@ -100,7 +101,7 @@ def _refused(job: Job) -> RenderError | None:
     return None
 
 
-def _run(jobs: Sequence[Job], special_tokens: dict[str, str], seconds: float) -> tuple[list[str | RenderError], str]:
+def _run(jobs: Sequence[Job], special_tokens: Mapping[str, str], seconds: float) -> tuple[list[str | RenderError], str]:
     """The answers one child gave, and why it gave no more; it stopped at the first job without an answer."""
     templates = list(dict.fromkeys(job.template for job in jobs))
     number = {template: index for index, template in enumerate(templates)}
@@ -108,7 +109,7 @@ def _run(jobs: Sequence[Job], special_tokens: dict[str, str], seconds: float) ->
         "memory": MEMORY_LIMIT,
         "seconds": CPU_LIMIT,
         "output": OUTPUT_LIMIT,
-        "special_tokens": special_tokens,
+        "special_tokens": {name: str(token) for name, token in special_tokens.items()},  # some are AddedToken objects
         "templates": templates,
         "jobs": [{**job._asdict(), "template": number[job.template]} for job in jobs],
     }
@@ -118,12 +119,12 @@ def _run(jobs: Sequence[Job], special_tokens: dict[str, str], seconds: float) ->
         [sys.executable, "-I", str(_SANDBOX), *_jinja2_folders()],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
     ) as child:
         try:
-            stdout, _ = child.communicate(stdin, timeout=seconds)
-            fault = _why_it_ended(child.returncode)
+            stdout, stderr = child.communicate(stdin, timeout=seconds)
+            fault = _why_it_ended(child.returncode, stderr)
         except subprocess.TimeoutExpired:
             child.kill()
             stdout, _ = child.communicate()
@@ -133,15 +134,18 @@ def _run(jobs: Sequence[Job], special_tokens: dict[str, str], seconds: float) ->
 
 
 def _answer(answer: dict[str, str]) -> str | RenderError:
-    return answer["text"] if "text" in answer else RenderError(f"The template does not render: {answer['error']}.")
+    return answer["text"] if "text" in answer else _error(answer["error"])
 
 
-def _why_it_ended(status: int) -> str:
-    import signal
+def _error(why: str) -> RenderError:
+    return RenderError(f"The template does not render: {why}{'' if why.endswith(('.', '!', '?')) else '.'}")
 
+
+def _why_it_ended(status: int, stderr: bytes) -> str:
     if status == -getattr(signal, "SIGXCPU", 0):
         return f"it takes more than {CPU_LIMIT} s of processor time"
-    return f"it ends the process that renders it (status {status})"
+    last_words = stderr.decode(errors="replace").strip().rpartition("\n")[2]
+    return f"the process that renders it ends with status {status} {last_words}".rstrip()
 
 
 def _jinja2_folders() -> Iterable[str]:

@@ -25,7 +25,7 @@ def _literal(text: str) -> str:
 
 
 def changed(before: Observed, template: str, special_tokens: Mapping[str, str], header: str = "") -> str | None:
-    """The first probe render in which `template` differs from `before` + `header` at its generation prompts, or None."""
+    """The first probe render where `template` is not as `before`, plus `header` at a generation prompt; else None."""
     after = observe(template, special_tokens).renders
     for name, old in before.renders.items():
         if isinstance(old, str) and "marked" not in name:

@@ -64,7 +64,7 @@ _ADDITIONAL: dict[str, dict[str, str]] = {
     "additional": {"tool_use": template("additional")},
     "additional default": {"default": template("additional default")},
 }
-_LEGACY: dict[str, object] = {"": ..., "json": template("json"), "null json": None}
+_LEGACY: dict[str, object] = {"": ..., "json": template("json")}
 _PROCESSOR: dict[str, object] = {"": ..., "processor key": template("processor key")}
 
 #: What the combinations do not have.
@@ -79,6 +79,7 @@ ODD: dict[str, dict[str, str]] = {
     "jinja with CRLF": {"chat_template.jinja": "hello\r\nold\rmac\n"},
     "key with CRLF": {"tokenizer_config.json": json.dumps({**CONFIG, "chat_template": "hello\r\nold\rmac\n"})},
     "empty key": {"tokenizer_config.json": json.dumps({**CONFIG, "chat_template": ""})},
+    "null json": {"chat_template.json": json.dumps({"chat_template": None})},
     "json without the key": {"chat_template.json": "{}"},
     "broken json": {"chat_template.json": "{"},
     "list json": {"chat_template.json": json.dumps({"chat_template": _list("default", "tool_use")})},

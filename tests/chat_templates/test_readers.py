@@ -122,6 +122,24 @@ def expected(reader: str, templates: Templates, processor: bool) -> Any:
     return templates.by_name()
 
 
+def test_a_saved_processor_loads_what_was_written(tmp_path: Path) -> None:
+    """One that transformers ships, saved by the installed release and found by AutoProcessor."""
+    import transformers
+
+    shipped = getattr(transformers, "Qwen2AudioProcessor", None)
+    if shipped is None:
+        pytest.skip(
+            "every processor of this release needs libraries beyond the hosts: pip install 'transformers>=4.45'"
+        )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(lay_out(tmp_path / "tokenizer", {}), local_files_only=True)
+    processor = shipped(transformers.WhisperFeatureExtractor(), tokenizer, chat_template=template("old"))
+    processor.save_pretrained(tmp_path / "saved")
+    files.write(tmp_path / "saved", SINGLE)
+    loaded = transformers.AutoProcessor.from_pretrained(tmp_path / "saved", local_files_only=True)
+    assert isinstance(loaded, shipped)
+    assert (loaded.chat_template, loaded.tokenizer.chat_template) == (TEXT, TEXT)
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
