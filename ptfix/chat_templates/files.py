@@ -11,11 +11,12 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ __all__ = [
     "out_of_reach",
     "plan",
     "special_tokens",
+    "staged",
     "write",
 ]
 
@@ -189,6 +191,27 @@ def out_of_reach(templates: Templates) -> set[str]:
     return {"transformers 4.42 processor", *several}
 
 
+@contextmanager
+def staged(folder: str | Path) -> Iterator[Path]:
+    """An empty folder to save into. When the block ends without an error, its files take their places in `folder`.
+
+    Each in one step: a kill leaves a file as it was or as it will be, and other writers of `folder` read no half one.
+    """
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    _clean(place)
+    stage = _temporary(place / "save")
+    stage.mkdir()
+    try:
+        yield stage
+        for path in sorted(path for path in stage.rglob("*") if not path.is_dir()):
+            target = place / path.relative_to(stage)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
 def special_tokens(folder: str | Path) -> dict[str, str]:
     """The special tokens that a template may name (bos_token, eos_token, ...), as the folder's files say.
 
@@ -313,7 +336,7 @@ def _make(change: Change) -> None:
 
 def _replace(path: Path, data: bytes) -> None:
     """Write beside the file, then put it in its place in one step."""
-    temporary = path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.ptfix-tmp")
+    temporary = _temporary(path)
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
             with suppress(FileNotFoundError):  # a new file has the mode that the system gives
@@ -327,13 +350,18 @@ def _replace(path: Path, data: bytes) -> None:
         raise
 
 
+def _temporary(path: Path) -> Path:
+    """A name beside `path` that no other writer has, and that tells whose it is."""
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.ptfix-tmp")
+
+
 def _clean(folder: Path) -> None:
     """Remove what killed writers left."""
     for path, match in _temporaries(folder):
         with suppress(OSError):
             mine = match["host"] == _host() and os.name == "posix"
             if (mine and not _lives(int(match["process"]))) or time.time() - path.stat().st_mtime > _ABANDONED:
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _temporaries(folder: Path) -> Iterator[tuple[Path, re.Match[str]]]:

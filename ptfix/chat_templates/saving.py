@@ -131,13 +131,29 @@ def saved_by(original: Callable[..., Any]) -> Callable[..., Any]:
         if chosen.templates is None:
             _say_once("; ".join(chosen.reasons))
             return original(self, save_directory, *args, **kwargs)
-        prefixed = bool(kwargs.get("filename_prefix"))
-        result = original(_twin(self, chosen.templates), save_directory, *args, **kwargs)
-        if not prefixed:  # no reader looks for prefixed names
-            write(save_directory, chosen.templates, self)
+        twin = _twin(self, chosen.templates)
+        if kwargs.get("filename_prefix") or os.path.isfile(save_directory):
+            # No reader looks for prefixed names; what is no folder, the host refuses.
+            return original(twin, save_directory, *args, **kwargs)
+        if kwargs.get("push_to_hub") or args:  # uploads from where it saves
+            result = original(twin, save_directory, *args, **kwargs)
+        else:
+            with files.staged(save_directory) as stage:
+                result = _moved(original(twin, str(stage), **kwargs), str(stage), str(save_directory))
+                write(stage, chosen.templates, self)
+        write(save_directory, chosen.templates, self)
         return result
 
     return save_pretrained
+
+
+def _moved(saved: Any, stage: str, folder: str) -> Any:
+    """The names of the saved files, as the host returns them, where they will be."""
+    if not isinstance(saved, tuple | list):
+        return saved
+    return type(saved)(
+        os.path.join(folder, os.path.relpath(name, stage)) if isinstance(name, str) else name for name in saved
+    )
 
 
 def uploaded_by(original: Callable[..., Any]) -> Callable[..., Any]:

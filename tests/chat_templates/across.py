@@ -1,7 +1,7 @@
 """What one release saves, another loads: the same template, and the same token ids.
 
 python -m tests.chat_templates.across save FOLDER    # a Trainer of this release saves there, with ptfix and without
-python -m tests.chat_templates.across load FOLDER    # print what this release loads of all that was saved there, as JSON
+python -m tests.chat_templates.across load FOLDER    # print what this release loads of all that lies there, as JSON
 python -m tests.chat_templates.across table FILE...  # those outputs as a table; status 1 unless all are equal
 
 `nox -s chat-templates` does all of it, in the environments of RELEASES.

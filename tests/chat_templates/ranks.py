@@ -1,4 +1,7 @@
-"""Two ranks train, and then save into one folder at once: `torchrun --nproc_per_node 2 -m tests.chat_templates.ranks DIR`."""
+"""Two ranks train, then save into one folder at once.
+
+torchrun --nproc_per_node 2 -m tests.chat_templates.ranks DIR    # which holds the base model
+"""
 
 from __future__ import annotations
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import pickle
+import random
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -155,6 +159,51 @@ def test_nothing_of_ours_is_written_but_templates(tuned: Any, tmp_path: Path) ->
         json.loads((tmp_path / name / "tokenizer_config.json").read_text("utf-8")) for name in ("stock", "ours")
     )
     assert {**stock, "chat_template": INFERENCE} == ours
+
+
+def test_the_names_of_what_was_saved_come_back(tuned: Any, tmp_path: Path) -> None:
+    stock = {Path(name).name for name in tuned.save_pretrained(str(tmp_path / "stock"))}
+    register(tuned)
+    names = tuned.save_pretrained(str(tmp_path / "ours"))
+    assert {Path(name).parent for name in names} == {tmp_path / "ours"}
+    assert {Path(name).name for name in names} >= stock - {"chat_template.jinja"}
+
+
+def test_a_save_that_fails_leaves_what_was_there(tuned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(tuned)
+    tuned.save_pretrained(tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    tuned.add_tokens(["another"])
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(type(tuned), "_save_pretrained", fails)
+    with pytest.raises(OSError, match="no space left"):
+        tuned.save_pretrained(tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert tuned.chat_template == TRAINING
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills its children as POSIX does")
+def test_killed_while_saving(tuned: Any, tmp_path: Path) -> None:
+    """Every file is whole whenever the process dies, and the next save clears what it left."""
+    register(tuned)
+    folder = tmp_path / "out"
+    tuned.save_pretrained(folder)
+    chances = random.Random(0)
+    for _ in range(int(os.environ.get("PTFIX_TEST_KILLS", "30"))):
+        child = os.fork()
+        if child == 0:
+            while True:
+                tuned.save_pretrained(folder)
+        time.sleep(chances.uniform(0.0, 0.05))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert loaded(folder) == {INFERENCE}
+        json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    tuned.save_pretrained(folder)
+    assert not list(folder.glob(".*"))
 
 
 def test_a_tokenizer_that_is_not_registered_is_saved_by_the_host_alone(tuned: Any, tmp_path: Path) -> None:
