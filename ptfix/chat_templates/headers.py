@@ -7,7 +7,7 @@ thought, the call of a tool. What they all begin with is the prompt, unless it h
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 
 from ptfix.chat_templates.probes import ANSWERS, EARLIER_ANSWER, MARK, QUESTIONS, THOUGHT, TOOL, Observed
 from ptfix.chat_templates.texts import common_prefix, hidden, names, units
@@ -29,77 +29,66 @@ def infer(observed: Observed) -> str:
     Raises:
         Undecided: what stands before an answer is not surely the prompt, all of it and nothing else.
     """
-    before_answer = _before_answer(observed)
+    before_answer = observed.turns["first"].gap
+    assert before_answer is not None, "infer() is for templates that keep what was asked as it is"
+    if observed.gap("later answered", ANSWERS[0], "later asked") != before_answer:
+        raise Undecided(f"What it writes before an answer, {before_answer!r}, depends on the date.")
     header = _header(before_answer, observed)
+    if not header.strip():
+        raise Undecided(f"What it writes before an answer, {before_answer!r}, is no header: it differs between turns.")
     again = observed.gap("user again", ANSWERS[0])
-    if again is not None and again.startswith(header):
+    if again == before_answer or (again is not None and header != before_answer and again.startswith(header)):
         raise Undecided(f"It writes {header!r} before the words of a user too, so that is no header of an answer.")
     if hidden(header):
         raise Undecided(f"What it writes before an answer has characters that cannot be seen: {names(hidden(header))}.")
-    if not header.strip():
-        raise Undecided(f"What it writes before an answer, {before_answer!r}, is no header: it differs between turns.")
     # A tokenizer joins a space with the word that follows, so a prompt that ends in one is not how a model was trained.
     return header.rstrip(" ")
-
-
-def _before_answer(observed: Observed) -> str:
-    """What stands between a question and its answer, the same in every conversation."""
-    gaps = {name: observed.turns[name].gap for name in QUESTION_TURNS if name in observed.turns}
-    gap = gaps["first"]
-    assert gap is not None, "infer() is for templates that add nothing where a prompt is asked for"
-    for name, other in gaps.items():
-        if other != gap:
-            raise Undecided(f"Before an answer it writes {gap!r}, but {other!r} in the probe conversation {name!r}.")
-    if observed.gap("later answered", ANSWERS[0], "later asked") != gap:
-        raise Undecided(f"What it writes before an answer, {gap!r}, depends on the date.")
-    return gap
 
 
 def _header(before_answer: str, observed: Observed) -> str:
     if (marked := observed.gap("marked", MARK)) and marked.strip() and before_answer.startswith(marked):
         # Its {% generation %} tag says where the model begins to write; a line break there belongs to the header.
         return marked if before_answer[len(marked) :].strip() else before_answer
+    # How far these go is known, for their answer follows; the others go on with a name or a thought.
+    answers = {
+        **{f"the answer in {name!r}": observed.turns[name].gap for name in QUESTION_TURNS if name in observed.turns},
+        "an earlier answer": observed.gap("second asked", EARLIER_ANSWER),
+    }
     thoughts = {
         "an answer with a thought": observed.gap("thought", THOUGHT),
         "the call of a tool after a thought": observed.gap("thoughtful call", THOUGHT, "tools asked"),
     }
-    others = {
-        "an earlier answer": observed.gap("second asked", EARLIER_ANSWER),
+    calls = {
         "the call of a tool": observed.gap("call", TOOL, "tools asked"),
         "the call of a tool without content": observed.gap("bare call", TOOL, "tools asked"),
-        **thoughts,
     }
-    turns = {"an answer": before_answer, **{name: text for name, text in others.items() if text is not None}}
-    common = _common(turns)
+    turns = {name: text for name, text in {**answers, **thoughts, **calls}.items() if text is not None}
+    common = _common(list(turns.values()), complete=answers.values())
     if all(text is None or text.rstrip() != common.rstrip() for text in thoughts.values()):
         return _EMPTY_ELEMENT.sub("", common)
     # The first tag of a thought stands there in every case: the header ends where that of a user would end.
     twin = _twin(observed, before_answer)
     if twin is None or not common.startswith(twin):
-        raise Undecided(_why(before_answer, turns))
+        name, text = next(((name, text) for name, text in turns.items() if text != before_answer), ("", ""))
+        raise Undecided(
+            f"It writes {before_answer!r} before an answer and {text!r} before {name}; where in there the prompt ends "
+            "and the thought begins cannot be told."
+        )
     return twin
 
 
-def _why(before_answer: str, turns: Mapping[str, str]) -> str:
-    name, text = next((name, text) for name, text in turns.items() if text != before_answer)
-    return (
-        f"It writes {before_answer!r} before an answer and {text!r} before {name}; where in there the prompt ends "
-        "and the thought begins cannot be told."
-    )
-
-
-def _common(turns: Mapping[str, str]) -> str:
-    """What all turns begin with, cut where a header can end."""
-    whole = common_prefix(list(turns.values()))
-    if whole in (turns["an answer"], turns.get("an earlier answer")):
+def _common(texts: Sequence[str], complete: Iterable[str | None]) -> str:
+    """What all texts begin with, cut where a header can end; `complete` are those after which an answer follows."""
+    whole = common_prefix(texts)
+    if whole in complete:
         return whole
     header: list[str] = []
     # A call goes on with the name of the tool: a letter, which a header can no more run into than a tag.
-    for one, *others in zip(*(units(text + "x") for text in turns.values()), strict=False):
+    for one, *others in zip(*(units(text + "x") for text in texts), strict=False):
         if any(other != one for other in others):
             break
         header.append(one)
-    nexts = {text[len("".join(header)) :][:1] or "x" for text in turns.values()}
+    nexts = {text[len("".join(header)) :][:1] or "x" for text in texts}
     while header and not _can_end(header[-1], nexts):
         nexts = {header.pop()[0]}
     return "".join(header)

@@ -121,7 +121,7 @@ def _observed(renders: dict[str, str | RenderError], needs_tools: bool) -> Obser
     turns = {
         name: turn for name, *_ in _conversations() if (turn := _turn(renders, name, style if name != "parts" else ""))
     }
-    if "parts" in turns and ("first" not in turns or turns["parts"].asked != turns["first"].asked):
+    if "parts" in turns and any(mark in text for text in turns["parts"].answered for mark in ("'type'", '"type"')):
         del turns["parts"]  # it writes the list, not the text in it
     if style:  # under the plain names, so that nobody else needs to know
         renders = {**renders, **{name.removeprefix(style): text for name, text in renders.items() if style in name}}

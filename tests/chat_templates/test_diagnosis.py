@@ -175,7 +175,7 @@ def test_declined_where_header_and_thought_cannot_be_told_apart() -> None:
         ("{{ ('A: \u202e' if m.role == 'assistant' else 'Q: ') + m.content + '\n' }}", "RIGHT-TO-LEFT OVERRIDE"),
         (
             "{{ (messages[0].content if m.role == 'assistant' else 'Q') + ': ' + m.content + '\n' }}",
-            "in the probe conversation 'other'",
+            "it differs between turns",
         ),
     ],
     ids=["alike for every role", "a date", "a hidden character", "words of the question"],
