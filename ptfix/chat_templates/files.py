@@ -152,8 +152,14 @@ def commit(changes: Iterable[Change]) -> None:
         raise WriteError(f"{error} was changed by another program meanwhile: try again") from error
 
 
-def write(folder: str | Path, templates: Templates, *, processor: bool | None = None) -> list[Change]:
+def write(
+    folder: str | Path, templates: Templates, *, processor: bool | None = None, durable: bool = True
+) -> list[Change]:
     """Plan and commit, and plan anew where another program changed a file meanwhile. Nothing to do: nothing is touched.
+
+    Args:
+        folder, templates, processor: as `plan` takes them.
+        durable: let the text outlive a power failure, too, which takes some milliseconds a file.
 
     Returns:
         What was changed.
@@ -164,7 +170,7 @@ def write(folder: str | Path, templates: Templates, *, processor: bool | None = 
     for attempt in range(1, _ATTEMPTS + 1):
         changes = plan(folder, templates, processor=processor)
         try:
-            _commit(changes)
+            _commit(changes, durable)
         except _ChangedMeanwhile as error:
             if attempt == _ATTEMPTS:
                 raise WriteError(f"{error} is being changed by another program: try again when it is done") from error
@@ -306,19 +312,19 @@ def _member(root: Path, name: str, value: Any) -> Change:
 # Writing.
 
 
-def _commit(changes: Sequence[Change]) -> None:
+def _commit(changes: Sequence[Change], durable: bool = True) -> None:
     folders = {change.path.parent for change in changes}
     for folder in folders:
         _clean(folder)
     for change in changes:
-        _make(change)
+        _make(change, durable)
     for folder in folders:
         if folder.name == ADDITIONAL:
             with suppress(OSError):  # not empty: somebody's other files stay
                 folder.rmdir()
 
 
-def _make(change: Change) -> None:
+def _make(change: Change, durable: bool) -> None:
     found = read_bytes(change.path, JSON_LIMIT)
     if found == change.new:
         return
@@ -329,12 +335,12 @@ def _make(change: Change) -> None:
             change.path.unlink(missing_ok=True)
         else:
             change.path.parent.mkdir(exist_ok=True)
-            _replace(change.path, change.new)
+            _replace(change.path, change.new, durable)
     except OSError as error:
         raise WriteError(f"{change.path} cannot be written: {error.strerror or error}") from error
 
 
-def _replace(path: Path, data: bytes) -> None:
+def _replace(path: Path, data: bytes, durable: bool) -> None:
     """Write beside the file, then put it in its place in one step."""
     temporary = _temporary(path)
     try:
@@ -343,7 +349,8 @@ def _replace(path: Path, data: bytes) -> None:
                 os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())  # or the new name could outlive a power failure that its text does not
+            if durable:
+                os.fsync(file.fileno())  # or the new name could outlive a power failure that its text does not
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -140,7 +140,7 @@ def saved_by(original: Callable[..., Any]) -> Callable[..., Any]:
         else:
             with files.staged(save_directory) as stage:
                 result = _moved(original(twin, str(stage), **kwargs), str(stage), str(save_directory))
-                write(stage, chosen.templates, self)
+                write(stage, chosen.templates, self, durable=False)  # as the host's own files beside it
         write(save_directory, chosen.templates, self)
         return result
 
@@ -169,11 +169,12 @@ def uploaded_by(original: Callable[..., Any]) -> Callable[..., Any]:
     return _upload_modified_files
 
 
-def write(folder: Any, templates: Templates, obj: Any) -> list[files.Change]:
+def write(folder: Any, templates: Templates, obj: Any, durable: bool = True) -> list[files.Change]:
     """Make `folder`, where `obj` was saved, carry the templates in every place a reader looks."""
     if not os.path.isdir(folder):
         return []
-    return files.write(folder, templates, processor=True if tokenizer_of(obj) is not obj else None)
+    is_processor = True if tokenizer_of(obj) is not obj else None
+    return files.write(folder, templates, processor=is_processor, durable=durable)
 
 
 def _twin(obj: Any, templates: Templates) -> Any:
