@@ -101,13 +101,9 @@ def _measure(name: str, template: str) -> dict[str, Any]:
         return row  # no prompt to cut out, or none that goes with its own training text
     repair = diagnose(without)
     outcome, example = _compare(template, without, repair.repaired)
-    return {
-        **row,
-        "cut": outcome,
-        "cut verdict": repair.verdict,
-        "cut reasons": repair.reasons,
-        **({"example": example} if example else {}),
-    }
+    if outcome == "exact":
+        return {**row, "cut": outcome}
+    return {**row, "cut": outcome, "cut verdict": repair.verdict, "cut reasons": repair.reasons, "example": example}
 
 
 def _compare(template: str, without: str, repaired: str | None) -> tuple[str, list[str]]:

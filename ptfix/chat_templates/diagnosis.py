@@ -66,7 +66,7 @@ def diagnose(template: str, special_tokens: Mapping[str, str] | None = None) -> 
     found = _judge(observed, tokens)
     repaired, repairs = _repair(template, found, observed, tokens)
     tools = ["It renders only where tools are given."] if observed.needs_tools else []
-    reasons = [*found.reasons, *repairs, *tools, *_hidden(template, observed)]
+    reasons = [*found.reasons, *repairs, *tools, *_gated(observed), *_hidden(template, observed)]
     return Diagnosis(found.verdict, found.generation_prompt, repaired, reasons)
 
 
@@ -216,6 +216,14 @@ def _repair(
     if (name := repair.changed(observed, text, special_tokens, header)) is not None:
         return None, [f"Not repaired: the repaired copy would render otherwise ({name})."]
     return text, reasons
+
+
+def _gated(observed: Observed) -> list[str]:
+    first, other = observed.turns["first"], observed.turns.get("other")
+    if other is None or first.asked.replace(QUESTIONS[0], QUESTIONS[1]) == other.asked:
+        return []
+    mine, theirs = difference(first.asked, other.asked)
+    return [f"What it writes depends on the words of the question: {mine!r} for one, {theirs!r} for another."]
 
 
 def _hidden(template: str, observed: Observed) -> list[str]:

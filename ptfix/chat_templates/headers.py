@@ -39,6 +39,9 @@ def infer(observed: Observed) -> str:
     again = observed.gap("user again", ANSWERS[0])
     if again == before_answer or (again is not None and header != before_answer and again.startswith(header)):
         raise Undecided(f"It writes {header!r} before the words of a user too, so that is no header of an answer.")
+    turns = [turn for name, turn in observed.turns.items() if name in QUESTION_TURNS]
+    if (strange := next((turn.name for turn in turns if not (turn.gap or "").startswith(header)), None)) is not None:
+        raise Undecided(f"It writes {header!r} before an answer, but not in the probe conversation {strange!r}.")
     if hidden(header):
         raise Undecided(f"What it writes before an answer has characters that cannot be seen: {names(hidden(header))}.")
     # A tokenizer joins a space with the word that follows, so a prompt that ends in one is not how a model was trained.

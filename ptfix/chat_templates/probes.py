@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ptfix.chat_templates.rendering import Job, RenderError, render_all
+from ptfix.chat_templates.rendering import EndlessError, Job, RenderError, render_all
 from ptfix.chat_templates.texts import common_prefix
 
 #: Plain sentences that no template has, so that each is found again in a render.
@@ -102,7 +102,11 @@ def observe(template: str, special_tokens: Mapping[str, str]) -> Observed:
 def observe_all(templates: Sequence[str], special_tokens: Mapping[str, str]) -> list[Observed]:
     """Render every probe conversation with every template, in one child process."""
     observed = _observe_all(templates, special_tokens, needs_tools=False)
-    silent = [index for index, one in enumerate(observed) if not one.turns]
+    silent = [
+        index
+        for index, one in enumerate(observed)
+        if not one.turns and one.refusal and not isinstance(one.refusal, EndlessError)
+    ]
     again = _observe_all([templates[index] for index in silent], special_tokens, needs_tools=True)
     for index, one in zip(silent, again, strict=True):
         if one.turns:

@@ -18,16 +18,16 @@ from typing import Any, NamedTuple
 from ptfix import hosts
 from ptfix.chat_templates.generation_tags import strip_generation_tags
 
-__all__ = ["Job", "RenderError", "render_all", "strip_generation_tags", "unavailable"]
+__all__ = ["EndlessError", "Job", "RenderError", "render_all", "strip_generation_tags", "unavailable"]
 
 #: Characters. The longest template known to us has about 30,000.
 TEMPLATE_LIMIT = 500_000
 OUTPUT_LIMIT = 1_000_000
 #: Bytes that the child may map, and seconds of processor time that one render may take.
 MEMORY_LIMIT = 512 * 2**20
-CPU_LIMIT = 2
-#: Seconds by the clock: what one child may take, and what one call may take.
-CHILD_LIMIT, CALL_LIMIT = 10.0, 30.0
+CPU_LIMIT = 4
+#: Seconds by the clock, and one more for each template: what one child may take, and what one call may take.
+CHILD_LIMIT, CALL_LIMIT = 15.0, 30.0
 
 _JINJA2 = ">=3.1.6"
 _SANDBOX = Path(__file__).with_name("sandbox.py")
@@ -35,6 +35,10 @@ _SANDBOX = Path(__file__).with_name("sandbox.py")
 
 class RenderError(Exception):
     """A template does not render; `str()` is one sentence that says why."""
+
+
+class EndlessError(RenderError):
+    """It did not stop by itself, or took the process that renders it with it: no other conversation will do better."""
 
 
 class Job(NamedTuple):
@@ -75,21 +79,20 @@ def render_all(jobs: Sequence[Job], special_tokens: Mapping[str, str]) -> list[s
     """
     answers: list[str | RenderError | None] = [_refused(job) for job in jobs]
     reason = unavailable()
-    deadline = time.monotonic() + CALL_LIMIT
+    deadline = time.monotonic() + CALL_LIMIT + len({job.template for job in jobs})
     while waiting := [index for index, answer in enumerate(answers) if answer is None]:
         if reason is None and time.monotonic() > deadline:
-            reason = f"It was not rendered: the templates before it took more than {CALL_LIMIT:.0f} s."
+            reason = "The template was not rendered: the ones before it took too long."
         if reason is not None:
             return [RenderError(reason) if answer is None else answer for answer in answers]
-        seconds = min(CHILD_LIMIT, max(deadline - time.monotonic(), 1.0))
-        done, fault = _run([jobs[index] for index in waiting], special_tokens, seconds)
+        done, fault = _run([jobs[index] for index in waiting], special_tokens, deadline - time.monotonic())
         for index, answer in zip(waiting, done, strict=False):
             answers[index] = answer
         if len(done) < len(waiting):
             culprit = jobs[waiting[len(done)]].template
             for index in waiting[len(done) :]:
                 if jobs[index].template == culprit:
-                    answers[index] = _error(fault)
+                    answers[index] = EndlessError(_says_why(fault))
     return [answer for answer in answers if answer is not None]
 
 
@@ -101,9 +104,14 @@ def _refused(job: Job) -> RenderError | None:
     return None
 
 
-def _run(jobs: Sequence[Job], special_tokens: Mapping[str, str], seconds: float) -> tuple[list[str | RenderError], str]:
-    """The answers one child gave, and why it gave no more; it stopped at the first job without an answer."""
+def _run(jobs: Sequence[Job], special_tokens: Mapping[str, str], left: float) -> tuple[list[str | RenderError], str]:
+    """The answers one child gave, and why it gave no more; it stopped at the first job without an answer.
+
+    Args:
+        left: the seconds that are left to the call.
+    """
     templates = list(dict.fromkeys(job.template for job in jobs))
+    seconds = min(CHILD_LIMIT + len(templates), max(left, 1.0))
     number = {template: index for index, template in enumerate(templates)}
     request = {
         "memory": MEMORY_LIMIT,
@@ -115,13 +123,17 @@ def _run(jobs: Sequence[Job], special_tokens: Mapping[str, str], seconds: float)
     }
     # As transformers does: what is not JSON, an image for one, becomes a word that names its type.
     stdin = json.dumps(request, default=lambda thing: f"<{type(thing).__name__}>").encode()
-    with subprocess.Popen(
-        [sys.executable, "-I", str(_SANDBOX), *_jinja2_folders()],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
-    ) as child:
+    try:
+        child = subprocess.Popen(
+            [sys.executable, "-I", str(_SANDBOX), *_jinja2_folders()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+        )
+    except OSError as error:
+        return [], f"no process can be started for it: {error}"
+    with child:
         try:
             stdout, stderr = child.communicate(stdin, timeout=seconds)
             fault = _why_it_ended(child.returncode, stderr)
@@ -134,11 +146,11 @@ def _run(jobs: Sequence[Job], special_tokens: Mapping[str, str], seconds: float)
 
 
 def _answer(answer: dict[str, str]) -> str | RenderError:
-    return answer["text"] if "text" in answer else _error(answer["error"])
+    return answer["text"] if "text" in answer else RenderError(_says_why(answer["error"]))
 
 
-def _error(why: str) -> RenderError:
-    return RenderError(f"The template does not render: {why}{'' if why.endswith(('.', '!', '?')) else '.'}")
+def _says_why(fault: str) -> str:
+    return f"The template does not render: {fault}{'' if fault.endswith(('.', '!', '?')) else '.'}"
 
 
 def _why_it_ended(status: int, stderr: bytes) -> str:

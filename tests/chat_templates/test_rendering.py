@@ -149,10 +149,15 @@ def test_one_fault_does_not_lose_the_other_results() -> None:
 def test_the_child_has_a_clock_too(monkeypatch: pytest.MonkeyPatch) -> None:
     # Where the platform cannot bound processor time the clock must do.
     monkeypatch.setattr(rendering, "CPU_LIMIT", 1000)
-    monkeypatch.setattr(rendering, "CHILD_LIMIT", 2.0)
+    monkeypatch.setattr(rendering, "CHILD_LIMIT", 1.0)
     answers = render_all([Job(HOSTILE["endless loop"][0], [USER]), Job(GOOD, [USER])], TOKENS)
-    assert "takes more than 2 s" in str(answers[0])
+    assert "takes more than 3 s" in str(answers[0])
     assert answers[1] == USER["content"]
+
+
+def test_no_process_to_render_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    assert "no process can be started" in error_of(GOOD)
 
 
 def test_nothing_to_render() -> None:
