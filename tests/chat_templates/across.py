@@ -1,22 +1,21 @@
-"""What one release saves, another loads: the same template, and the same token ids.
+"""The story across releases: what the Trainer of one saves, without ptfix and with it, every other loads.
 
-python -m tests.chat_templates.across save FOLDER    # a Trainer of this release saves there, with ptfix and without
-python -m tests.chat_templates.across load FOLDER    # print what this release loads of all that lies there, as JSON
-python -m tests.chat_templates.across table FILE...  # those outputs as a table; status 1 unless all are equal
+python -m tests.chat_templates.across all FOLDER PYTHON...  # all of it: a table; status 1 unless all is right and equal
+python -m tests.chat_templates.across save FOLDER           # a Trainer of this release saves there, both ways
+python -m tests.chat_templates.across load FOLDER           # print what this release loads of all that lies there
 
-`nox -s chat-templates` does all of it, in the environments of RELEASES.
+`nox -s chat-templates` makes the environments for it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-
-#: One on each side of a change in how templates are saved or loaded.
-RELEASES = ("4.36.2", "4.43.4", "4.46.3", "4.51.3", "4.52.4", "4.57.6", "5.0.0", "5.23.0")
 
 
 def save(folder: Path) -> None:
@@ -83,8 +82,7 @@ def table(outputs: list[dict[str, Any]]) -> tuple[str, bool]:
         f"| saved by | {' | '.join(f'loaded by {loader}' for loader in loaders)} |",
         "|---" * (len(loaders) + 1) + "|",
     ]
-    savers = sorted({saver for found in loaders.values() for saver in found["ptfix"]}, key=RELEASES.index)
-    for saver in savers:
+    for saver in loaders:
         cells = [f"{cell(found['stock'][saver])} -> {cell(found['ptfix'][saver])}" for found in loaders.values()]
         lines.append(f"| {saver} | {' | '.join(cells)} |")
     reasons = {
@@ -105,15 +103,31 @@ def table(outputs: list[dict[str, Any]]) -> tuple[str, bool]:
     return "\n".join([*lines, note, *sorted(reasons)]), right and len(ids) == 1
 
 
+def everything(folder: Path, interpreters: list[str]) -> tuple[str, bool]:
+    """Save and load in the environments of all `interpreters`."""
+
+    def run(python: str, task: str) -> str:
+        command = [python, "-m", "tests.chat_templates.across", task, str(folder)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)}: {done.stderr}")
+        return done.stdout
+
+    for python in interpreters:
+        run(python, "save")
+    return table([json.loads(run(python, "load").splitlines()[-1]) for python in interpreters])
+
+
 def main(arguments: list[str]) -> int:
-    task, *rest = arguments
+    task, folder, *interpreters = arguments
     if task == "save":
-        save(Path(rest[0]))
+        save(Path(folder))
         return 0
     if task == "load":
-        print(json.dumps(load(Path(rest[0]))))
+        print(json.dumps(load(Path(folder))))
         return 0
-    text, good = table([json.loads(Path(name).read_text("utf-8").splitlines()[-1]) for name in rest])
+    text, good = everything(Path(folder), interpreters)
     print(text)
     return 0 if good else 1
 
