@@ -3,6 +3,7 @@
 nox -s "matrix(transformers='4.44.2', peft='0.11.1')"   # one pair
 nox -s matrix-all -- --jobs 2                           # all that are not measured yet; --fresh: all
 nox -s matrix-quick                                     # a few pairs, the central modes, nothing written
+nox -s chat-templates                                   # what each release saves, every other loads
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import concurrent.futures
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import nox
@@ -32,6 +34,20 @@ QUICK = [
     ("4.57.6", "0.13.2"),
     ("5.0.0", "0.18.1"),
 ]
+
+#: on both sides of each change in how a release saves or loads chat templates
+SAVERS = [
+    ("4.36.2", "0.7.1"),
+    ("4.43.4", "0.11.1"),
+    ("4.46.3", "0.13.2"),
+    ("4.51.3", "0.15.2"),
+    ("4.52.4", "0.15.2"),
+    ("4.57.6", "0.17.1"),
+    ("5.0.0", "0.18.1"),
+    ("5.23.0", "0.21.2"),
+]
+SAVING = ("tests/chat_templates/test_saving.py", "tests/chat_templates/test_parity.py")
+INTERPRETERS = Path(__file__).with_name(".nox") / "interpreters"
 
 for ours, theirs in (("UV_FIND_LINKS", "PIP_FIND_LINKS"), ("SSL_CERT_FILE", "PIP_CERT")):
     if theirs in os.environ:  # pip's own settings hold for uv, which names them otherwise
@@ -80,7 +96,29 @@ def matrix_all(session: nox.Session) -> None:
 def matrix_quick(session: nox.Session, transformers: str, peft: str) -> None:
     """The stories' pairs: the test suite's matrix folder, nothing written."""
     _environment(session, transformers, peft)
-    session.run("pytest", "-q", "tests/matrix", "tests/test_tutorial.py")
+    session.run("pytest", "-q", "tests/matrix", "tests/soft_prompts", "tests/test_tutorial.py", *SAVING)
+
+
+@nox.session(name="savers")
+@nox.parametrize("transformers,peft", SAVERS)
+def savers(session: nox.Session, transformers: str, peft: str) -> None:
+    """How the release of one pair saves and loads chat templates, and what ptfix makes of it."""
+    _environment(session, transformers, peft)
+    session.install("gguf")
+    session.run("pytest", "-q", "tests/chat_templates/test_readers.py", *SAVING)
+    (INTERPRETERS / transformers).write_text(f"{session.bin}/python", encoding="utf-8")
+
+
+@nox.session(name="chat-templates", venv_backend="none")
+def chat_templates(session: nox.Session) -> None:
+    """Test every release of SAVERS, then let each load what every other has saved, and print the tables."""
+    INTERPRETERS.mkdir(parents=True, exist_ok=True)
+    for pair in SAVERS:
+        session.run(sys.executable, "-m", "nox", "-s", "savers(transformers='{}', peft='{}')".format(*pair))
+    pythons = [(INTERPRETERS / transformers).read_text(encoding="utf-8") for transformers, _ in SAVERS]
+    with tempfile.TemporaryDirectory() as scratch:
+        session.run(sys.executable, "-m", "tests.chat_templates.releases", *pythons)
+        session.run(sys.executable, "-m", "tests.chat_templates.across", "all", scratch, *pythons)
 
 
 def _cell(transformers: str, peft: str) -> dict[str, object]:

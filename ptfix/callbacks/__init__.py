@@ -12,14 +12,20 @@ from types import ModuleType
 from typing import Any
 
 #: Loaded on first use: a callback's class cannot be made without importing transformers.
-_LAZY = {"SoftPromptCallback": "soft_prompt", "SoftPromptError": "soft_prompt"}
+_LAZY = {
+    "ChatTemplateCallback": "chat_template",
+    "ChatTemplateError": "chat_template",
+    "SoftPromptCallback": "soft_prompt",
+    "SoftPromptError": "soft_prompt",
+}
 
 
 def default() -> list[Any]:
     """The sensible default set, new objects at each call."""
+    from ptfix.callbacks.chat_template import ChatTemplateCallback
     from ptfix.callbacks.soft_prompt import SoftPromptCallback
 
-    return [SoftPromptCallback()]
+    return [ChatTemplateCallback(), SoftPromptCallback()]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from ptfix.fixes import left_padded_forward, prefix_forward, prefix_sizes, soft_prompt_generate, trainer_tokenizer
+from ptfix.fixes import (
+    chat_template_saving,
+    left_padded_forward,
+    prefix_forward,
+    prefix_sizes,
+    soft_prompt_generate,
+    trainer_tokenizer,
+)
 from ptfix.patching import Fix
 
 ALL: tuple[Fix, ...] = (
@@ -11,4 +18,5 @@ ALL: tuple[Fix, ...] = (
     left_padded_forward.FIX,
     soft_prompt_generate.FIX,
     trainer_tokenizer.FIX,
+    chat_template_saving.FIX,
 )

@@ -1,0 +1,216 @@
+"""ChatTemplateCallback: every checkpoint carries the inference template, and inference reads what training read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import TrainerCallback
+
+from ptfix.chat_templates import choosing, diagnosis, files, parity, readers, saving
+
+logger = logging.getLogger("ptfix")
+
+
+class ChatTemplateError(RuntimeError):
+    """A checkpoint's template is wrong and cannot be mended, or inference will not read what training reads."""
+
+
+class ChatTemplateCallback(TrainerCallback):  # type: ignore[misc]  # the hosts are untyped here
+    """Register the Trainer's tokenizer or processor, check the first batch, and check each checkpoint on disk.
+
+    The tokenizer keeps its training template in memory. What is saved, by whomever, is the inference template; where a
+    saver writes no tokenizer (sharded FSDP checkpoints, savers of adapters alone), this callback does. Silent about
+    tokenizers without a template.
+
+    Args:
+        inference_template: the template to save. None: see `ptfix.chat_templates.register`.
+        base: folder, or hub name in the local cache, of the base model. None: what the model and its adapter name.
+        on_problem: ``"warn"`` through ``logging.getLogger("ptfix")``, or ``"raise"`` a `ChatTemplateError`.
+        repair_eos: add the token that ends an answer in training to the model's generation_config.eos_token_id.
+        smoke_tokens: when training ends, generate so many tokens for a short question and expect an answer. 0: none.
+    """
+
+    def __init__(
+        self,
+        inference_template: str | Mapping[str, str] | None = None,
+        base: str | Path | None = None,
+        on_problem: Literal["warn", "raise"] = "warn",
+        repair_eos: bool = False,
+        smoke_tokens: int = 0,
+    ) -> None:
+        if on_problem not in ("warn", "raise"):
+            raise ValueError(f"on_problem is {on_problem!r}; it must be 'warn' or 'raise'.")
+        self.inference_template, self.base, self.on_problem = inference_template, base, on_problem
+        self.repair_eos, self.smoke_tokens = repair_eos, smoke_tokens
+        self._saver: Any = None
+        self._warned: set[str] = set()
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._register(kwargs)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._warned.clear()
+        self._register(kwargs)
+        if self._saver is None:
+            return
+        saving.at_train_begin(self._saver)
+        chosen = saving.choice(self._saver)
+        if chosen.templates is None:
+            if saving.training_template(self._saver) is not None:
+                self._problem(f"the chat template is saved as it is: {'; '.join(chosen.reasons)}")
+            return
+        logger.info("checkpoints get the chat template of %s", chosen.source)
+        if state.is_world_process_zero and kwargs.get("model") is not None:
+            self._check_first_batch(kwargs["model"], chosen.templates.default)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save:
+            self._verify(Path(args.output_dir) / f"checkpoint-{state.global_step}", complete=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save:
+            self._verify(Path(args.output_dir), complete=False)
+        if self.smoke_tokens and self._saver is not None and state.is_world_process_zero:
+            self._smoke(kwargs["model"])
+
+    def _register(self, given: dict[str, Any]) -> None:
+        """The object whose template counts: the Trainer's own, or the collator's, or the base model's."""
+        model = given.get("model")
+        saver = given.get("processing_class") or given.get("tokenizer") or _collators(given.get("train_dataloader"))
+        base = self.base or _base_of(model)
+        if saver is None and given.get("train_dataloader") is not None:
+            saver = self._saver or _tokenizer_of(base)
+        if saver is None or not hasattr(saver, "chat_template"):
+            return
+        saving.register(saver, self.inference_template, base=base if choosing.base_folder(base or "") else None)
+        self._saver = saver
+
+    def _verify(self, folder: Path, complete: bool) -> None:
+        """Look at what landed on disk; `complete` where a tokenizer has to be there."""
+        if self._saver is None or not folder.is_dir():
+            return
+        chosen = saving.choice(self._saver)
+        if chosen.templates is None:
+            return
+        if not (folder / readers.TOKENIZER_CONFIG).is_file():
+            if complete:
+                self._saver.save_pretrained(folder)
+                saving.write(folder, chosen.templates, self._saver)
+            return
+        try:
+            changes = saving.write(folder, chosen.templates, self._saver)
+        except (files.WriteError, files.ReadError) as error:
+            self._problem(f"the chat template of {folder} could not be checked: {error}")
+            return
+        if changes:
+            names = ", ".join(str(change.path.relative_to(folder.resolve())) for change in changes)
+            logger.warning("%s held another chat template and now holds the one for inference: %s", folder, names)
+
+    def _check_first_batch(self, model: Any, template: str | None) -> None:
+        """Judge the first batch when the model is fed with it: real rows, and no random number is drawn for them."""
+
+        def look(module: Any, inputs: Any, given: dict[str, Any]) -> None:
+            handle.remove()
+            ids, labels = given.get("input_ids"), given.get("labels")
+            if ids is not None and labels is not None and ids.dim() == 2 and ids.shape == labels.shape:
+                try:
+                    self._judge(module, template, given)
+                except ChatTemplateError:
+                    raise
+                except Exception as error:  # nobody shall believe that the batch was found good
+                    self._problem(f"the first batch could not be checked: {type(error).__name__}: {error}")
+
+        handle = model.register_forward_pre_hook(look, with_kwargs=True)
+
+    def _judge(self, model: Any, template: str | None, batch: dict[str, Any]) -> None:
+        tokens = saving.special_tokens(self._saver)
+        prompt = diagnosis.diagnose(template, tokens).generation_prompt if template is not None else None
+        tokenizer = saving.tokenizer_of(self._saver)
+        mask = batch.get("attention_mask")
+        config = getattr(model, "generation_config", None)
+        stops = _as_list(getattr(config, "eos_token_id", None)) or _as_list(tokenizer.eos_token_id)
+        row, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+        if mask is not None and mask.dim() == 2:
+            real = mask[0].tolist()
+            row = [token for token, keep in zip(row, real, strict=True) if keep]
+            labels = [label for label, keep in zip(labels, real, strict=True) if keep]
+        found = parity.judge(row, labels, tokenizer, prompt, stops)
+        for problem in found.problems:
+            self._problem(problem)
+        if self.repair_eos and config is not None and found.end_of_turn not in (None, *stops):
+            config.eos_token_id = [*stops, found.end_of_turn]
+
+    def _smoke(self, model: Any) -> None:
+        """Ask for a few tokens, greedily: an answer may be bad, but not empty. Parity is the proof, this a glance."""
+        import torch
+
+        tokenizer = saving.tokenizer_of(self._saver)
+        chosen = saving.choice(self._saver).templates
+        if chosen is None or chosen.default is None:
+            return
+        question = [{"role": "user", "content": "Say hello."}]
+        text = tokenizer.apply_chat_template(
+            question, chat_template=chosen.default, add_generation_prompt=True, tokenize=False
+        )
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]], device=model.device)
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                out = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=self.smoke_tokens,
+                    do_sample=False,
+                    pad_token_id=tokenizer.pad_token_id or 0,
+                )
+        finally:
+            model.train(was_training)
+        answer = out[0, ids.shape[1] :].tolist()
+        if not tokenizer.decode(answer, skip_special_tokens=True).strip():
+            self._problem(f"asked {question[0]['content']!r}, the model answers nothing: {tokenizer.decode(answer)!r}")
+
+    def _problem(self, sentence: str) -> None:
+        if self.on_problem == "raise":
+            raise ChatTemplateError(sentence)
+        if sentence not in self._warned:
+            self._warned.add(sentence)
+            logger.warning(sentence)
+
+
+def _collators(dataloader: Any) -> Any:
+    """The tokenizer that makes the batches, where the Trainer was given none."""
+    collate = getattr(dataloader, "collate_fn", None)
+    collate = getattr(collate, "data_collator", collate)  # the Trainer wraps it to drop unused columns
+    return getattr(collate, "tokenizer", None) or getattr(collate, "processor", None)
+
+
+def _base_of(model: Any) -> str | None:
+    """The base model's folder or hub name, of an adapter's config first."""
+    while hasattr(model, "module"):
+        model = model.module
+    for config in getattr(model, "peft_config", {}).values() if model is not None else ():
+        if config.base_model_name_or_path:
+            return str(config.base_model_name_or_path)
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+
+
+def _tokenizer_of(base: str | Path | None) -> Any:
+    """The base model's own tokenizer, from a local folder."""
+    folder = choosing.base_folder(base) if base else None
+    if folder is None or not (folder / readers.TOKENIZER_CONFIG).is_file():
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of remote code, say: the checkpoint stays without, as it would have
+        logger.warning("checkpoints get no tokenizer: that of %s does not load (%s)", folder, error)
+        return None
+
+
+def _as_list(ids: Any) -> list[int]:
+    return [] if ids is None else [int(token) for token in (ids if isinstance(ids, list | tuple) else [ids])]

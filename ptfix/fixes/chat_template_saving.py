@@ -1,0 +1,50 @@
+"""save_pretrained of a registered tokenizer or processor writes its inference template. All others save as ever."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ptfix.patching import Edit, Fix
+
+
+def _wrap_save(original: Callable[..., Any]) -> Callable[..., Any]:
+    from ptfix.chat_templates import saving
+
+    return saving.saved_by(original)
+
+
+def _wrap_upload(original: Callable[..., Any]) -> Callable[..., Any]:
+    from ptfix.chat_templates import saving
+
+    return saving.uploaded_by(original)
+
+
+def _probe() -> str | None:
+    # No host keeps a training template and an inference template apart: there is one attribute.
+    return "save_pretrained writes the template in memory, be it meant for training or for inference"
+
+
+FIX = Fix(
+    id="chat-template-saving",
+    why="a training chat template ends up in the checkpoint, and inference lacks the assistant header",
+    link="https://github.com/OpenBMB/MiniCPM-V/issues/220",
+    affects={},
+    probe=_probe,
+    edits=(
+        Edit(
+            "transformers.tokenization_utils_base:PreTrainedTokenizerBase.save_pretrained",
+            _wrap_save,
+            ("self", "save_directory"),
+        ),
+        Edit("transformers.processing_utils:ProcessorMixin.save_pretrained", _wrap_save, ("self", "save_directory")),
+        # save_pretrained(push_to_hub=True) uploads before it returns
+        Edit(
+            "transformers.utils.hub:PushToHubMixin._upload_modified_files",
+            _wrap_upload,
+            ("self", "working_dir"),
+            optional=True,
+        ),
+    ),
+    retire_when="a host saves an inference template of its own beside the one that is trained with",
+)
