@@ -130,7 +130,8 @@ def save(original: Callable[..., Any], obj: Any, save_directory: Any, *args: Any
         return original(obj, save_directory, *args, **kwargs)
     chosen = choice(obj)
     if chosen.templates is None:
-        _say_once("; ".join(chosen.reasons))
+        if training_template(obj) is not None:
+            _say_once("; ".join(chosen.reasons))
         return original(obj, save_directory, *args, **kwargs)
     twin = _twin(obj, chosen.templates)
     if kwargs.get("filename_prefix") or os.path.isfile(save_directory):
