@@ -1,1 +1,1 @@
-"""Sequence length: what a model can take, how to lengthen it step by step, what of its manners is kept."""
+"""How long a model's input may be, what the training rows ask for, and whether both modes agree about it."""

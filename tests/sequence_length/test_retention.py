@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import ptfix
 from ptfix.callbacks.instruction_retention import ANSWERS, InstructionRetentionCallback
 from ptfix.sequence_length import retention
-from tests.matrix.models import LAYERS, VOCAB, base_model, wrap
+from tests.matrix.models import VOCAB, base_model, wrap
 
 PROMPTS = [[5, 9, 23], [40, 17, 8, 3, 21, 33], [7, 7]]
 KEYS = {"retention_kl", "retention_agreement", "retention_nll"}
@@ -67,10 +67,11 @@ def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in records]
 
 
+@pytest.mark.parametrize("top", [VOCAB, 5])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "bloom"])
-def test_the_numbers_are_those_of_each_row_alone(architecture: str) -> None:
-    """The truth: one row at a time, the whole vocabulary, token by token."""
-    memories = retention.remember(base_model(architecture), PROMPTS, 6, VOCAB)
+def test_the_numbers_are_those_of_each_row_alone(architecture: str, top: int) -> None:
+    """The truth: one row at a time, token by token, and the terms of the sum written out."""
+    memories = retention.remember(base_model(architecture), PROMPTS, 6, top)
     now = moved(base_model(architecture), 0.02)
     divergences, same, surprises = [], [], []
     with torch.no_grad():
@@ -78,24 +79,23 @@ def test_the_numbers_are_those_of_each_row_alone(architecture: str) -> None:
             assert memory.prompt == prompt
             row = list(prompt)
             for token in memory.answer:
-                base = base_model(architecture)(torch.tensor([row])).logits[0, -1].double().log_softmax(0)
-                other = now(torch.tensor([row])).logits[0, -1].double().log_softmax(0)
+                base = base_model(architecture)(torch.tensor([row])).logits[0, -1].double().softmax(0)
+                other = now(torch.tensor([row])).logits[0, -1].double().softmax(0)
                 assert int(base.argmax()) == token
-                divergences.append(float((base.exp() * (base - other)).sum()))
+                order = base.argsort(descending=True)
+                terms = [base[at] * (base[at] / other[at]).log() for at in order[:top]]
+                if top < VOCAB:
+                    rest, others = base[order[top:]].sum(), other[order[top:]].sum()
+                    terms.append(rest * (rest / others).log())
+                divergences.append(float(sum(terms)))
                 same.append(int(other.argmax()) == token)
-                surprises.append(-float(other[token]))
+                surprises.append(-float(other[token].log()))
                 row.append(token)
     found = retention.compare(now, memories)
     assert len(divergences) == 6 * len(PROMPTS)
     assert found.kl == pytest.approx(sum(divergences) / len(divergences), rel=1e-4)
     assert found.agreement == pytest.approx(sum(same) / len(same))
     assert found.nll == pytest.approx(sum(surprises) / len(surprises), rel=1e-4)
-
-
-def test_few_tokens_and_the_rest_are_a_lower_bound_that_grows_with_their_number() -> None:
-    now = moved(base_model("llama"), 0.02)
-    found = [retention.compare(now, retention.remember(base_model("llama"), PROMPTS, 6, top)).kl for top in (1, 5, 64)]
-    assert 0 < found[0] < found[1] < found[2]
 
 
 def test_an_unchanged_model_has_moved_by_exactly_nothing() -> None:
@@ -141,6 +141,8 @@ def test_asking_leaves_the_model_and_the_random_state_as_they_were() -> None:
     frozen.requires_grad = False
     before = [parameter.requires_grad for parameter in model.parameters()], [m.training for m in model.modules()]
     state = torch.get_rng_state()
+    tracked = []
+    model.register_forward_hook(lambda module, inputs, output: tracked.append(output.logits.requires_grad))
     with retention.quiet(model), model.disable_adapter():
         memories = retention.remember(model, PROMPTS, 3, 4)
     retention.compare(model, memories)
@@ -149,6 +151,7 @@ def test_asking_leaves_the_model_and_the_random_state_as_they_were() -> None:
         [m.training for m in model.modules()],
     )
     assert torch.equal(torch.get_rng_state(), state)
+    assert tracked == [False] * len(tracked) != []
 
 
 @pytest.mark.parametrize("adapted", [True, False])
@@ -220,7 +223,7 @@ def stretched(factor: float) -> Any:
     """A model read at positions divided by a factor, as linear rope scaling reads them."""
     model = base_model("llama")
     rotary = [module for name, module in model.named_modules() if name.endswith("rotary_emb")]
-    assert len(rotary) in (1, LAYERS)
+    assert rotary
     for module in rotary:
         module.inv_freq /= factor
         for name in ("cos_cached", "sin_cached"):  # of releases that make a table once

@@ -6,6 +6,8 @@ weights must be the same, bit for bit. That covers lengths, the order, the count
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,8 @@ class Seen(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         def look(module: Any, inputs: Any, given: dict[str, Any]) -> None:
+            if not module.training:  # InstructionRetentionCallback asks
+                return
             self.fed.setdefault(state.global_step, []).append(tuple(given["input_ids"].shape))
             self.first += given["input_ids"][:, 0].tolist()
 
@@ -216,6 +220,68 @@ def test_lora(tmp_path: Path) -> None:
     truth, _ = train(tmp_path / "truth", cut_by_hand(rows, 1), [], model=lora())
     whole, _ = train(tmp_path, rows, [SequenceLengthWarmupCallback(SCHEDULE, "truncate")], model=lora())
     assert_same(whole, truth)
+
+
+def test_two_ranks_have_equal_lengths_and_the_weights_of_rows_cut_by_hand(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    ran = subprocess.run(
+        [*command, "-m", "tests.sequence_length.ranks", str(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    zero, one = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(2))
+    lengths = [8, 16, 24, 32, 40, 40]
+    assert zero["fed"] == one["fed"] == {step: [(ROWS_PER_BATCH, length)] * 2 for step, length in enumerate(lengths)}
+    for name, value in zero["whole"].items():
+        for other in (zero["truth"], one["whole"], one["truth"]):
+            assert torch.equal(value, other[name]), name
+    # The first rank alone asks its model, and waits for nobody.
+    assert any("retention_kl" in names for names in zero["logged"])
+    assert not any("retention_kl" in names for names in one["logged"])
+
+
+@pytest.mark.parametrize(("packing", "mode"), [(False, "truncate"), (True, "truncate"), (True, "order")])
+def test_trl(packing: bool, mode: Any, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="pip install trl datasets brings SFTTrainer")
+    datasets = pytest.importorskip("datasets", reason="pip install trl datasets brings SFTTrainer")
+    from tests.chat_templates.stories import tokenizer
+
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path),
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        max_steps=4,
+        logging_steps=1,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=ROWS_PER_BATCH,
+        max_length=LENGTH,
+        packing=packing,
+        bf16=False,
+    )
+    seen = Seen()
+    warming = SequenceLengthWarmupCallback(schedule.linear(8, 24, 2) if mode == "truncate" else None, mode)
+    dataset = datasets.Dataset.from_list([{"input_ids": row["input_ids"]} for row in make_rows(ROWS_PER_BATCH * 8)])
+    trainer = trl.SFTTrainer(
+        model=base_model("llama"),
+        args=args,
+        train_dataset=dataset,
+        processing_class=tokenizer(),
+        callbacks=[seen, warming],
+    )
+    if packing and mode == "truncate":  # trl counts the boundaries of packed rows in cu_seq_lens
+        with pytest.raises(warmup.CannotCut, match=r"packed rows.*mode='order'"):
+            trainer.train()
+        return
+    trainer.train()
+    assert trainer.state.global_step == 4
+    if mode == "truncate":
+        widths = {step: {shape[1] for shape in shapes} for step, shapes in seen.fed.items()}
+        assert widths == {0: {8}, 1: {16}, 2: {24}, 3: {24}}
+        assert [entry["sequence_length"] for entry in seen.told[:4]] == [8, 16, 24, 24]
 
 
 def test_other_trainers_and_this_one_afterwards_are_untouched(tmp_path: Path) -> None:
