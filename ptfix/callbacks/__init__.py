@@ -15,6 +15,8 @@ from typing import Any
 _LAZY = {
     "ChatTemplateCallback": "chat_template",
     "ChatTemplateError": "chat_template",
+    "InstructionRetentionCallback": "instruction_retention",
+    "SequenceLengthWarmupCallback": "sequence_length_warmup",
     "SoftPromptCallback": "soft_prompt",
     "SoftPromptError": "soft_prompt",
 }
