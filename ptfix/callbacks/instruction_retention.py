@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ptfix.callbacks.running import trainer_of
-from ptfix.callbacks.soft_prompt import _is_sharded
+from ptfix.callbacks.soft_prompt import is_sharded
 from ptfix.chat_templates import saving
 from ptfix.sequence_length import retention
 from ptfix.soft_prompts import check
@@ -69,7 +69,7 @@ class InstructionRetentionCallback(TrainerCallback):  # type: ignore[misc]  # th
         model = check.unwrap(kwargs["model"])
         if not state.is_world_process_zero:
             return
-        if _is_sharded(args, model):
+        if is_sharded(args, model):
             logger.warning("instruction retention is not measured: each process holds only a part of the weights.")
             return
         try:
