@@ -15,6 +15,8 @@ from typing import Any
 _LAZY = {
     "ChatTemplateCallback": "chat_template",
     "ChatTemplateError": "chat_template",
+    "SequenceLengthError": "sequence_length_guard",
+    "SequenceLengthGuardCallback": "sequence_length_guard",
     "SoftPromptCallback": "soft_prompt",
     "SoftPromptError": "soft_prompt",
 }
