@@ -25,9 +25,10 @@ _LAZY = {
 def default() -> list[Any]:
     """The sensible default set, new objects at each call."""
     from ptfix.callbacks.chat_template import ChatTemplateCallback
+    from ptfix.callbacks.sequence_length_guard import SequenceLengthGuardCallback
     from ptfix.callbacks.soft_prompt import SoftPromptCallback
 
-    return [ChatTemplateCallback(), SoftPromptCallback()]
+    return [ChatTemplateCallback(), SequenceLengthGuardCallback(), SoftPromptCallback()]
 
 
 def __getattr__(name: str) -> Any:

@@ -72,9 +72,7 @@ class SequenceLengthGuardCallback(TrainerCallback):  # type: ignore[misc]  # the
         if not state.is_world_process_zero:
             return
         logger.info("sequence length: %s", plan.context.to_dict())
-        self._warn(state, found.warnings)
-        if self.probes:
-            self._probe(args, state, model, plan)
+        self._warn(state, [*found.warnings, *(self._probed(args, model, plan) if self.probes else [])])
 
     def _plan(self, args: Any, model: Any, dataloader: Any) -> judgement.Plan:
         live = context.read(model.config.to_dict())
@@ -88,23 +86,25 @@ class SequenceLengthGuardCallback(TrainerCallback):  # type: ignore[misc]  # the
             max_length_is_promised=self.max_length is not None,
         )
 
-    def _probe(self, args: Any, state: Any, model: Any, plan: judgement.Plan) -> None:
-        boundary, own_config = plan.context.boundary, None
+    def _probed(self, args: Any, model: Any, plan: judgement.Plan) -> list[str]:
+        boundary, own_config, table = plan.context.boundary, None, plan.context.hard_limit
         if boundary is not None and plan.longest + plan.virtual_tokens <= boundary:
             boundary = None  # no row gets there
+        if boundary is not None and table is not None and boundary >= table.value:
+            boundary = None  # no row can get there
         if plan.own is not None and plan.context.rope.differs_from(plan.own.rope):
             own_config = _config_of(model)
         if boundary is None and own_config is None:
-            return
+            return []
         if _is_split(args, model):
             logger.warning("the model is sharded, so its sequence length was judged by config and rows, without probes")
-            return
+            return []
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         ids = plan.rows.seen[0].ids if plan.rows is not None else ()
         found = parity.probe(base, boundary, own_config, ids, self.probe_seconds)
         for sentence in found.skipped:
             logger.warning(sentence)
-        self._warn(state, found.problems)
+        return found.problems
 
     def _warn(self, state: Any, sentences: list[str]) -> None:
         if not sentences or not state.is_world_process_zero:
@@ -119,7 +119,12 @@ def _is_split(args: Any, model: Any) -> bool:
     """Does each process hold a part of the weights (FSDP, ZeRO-3), or are some of them not loaded?"""
     if getattr(args, "fsdp", None):
         return True
-    return any(hasattr(one, "ds_id") or one.device.type == "meta" for one in model.parameters())
+    if any(hasattr(module, "_fsdp_wrapped_module") for module in model.modules()):
+        return True
+    # ZeRO-3, FSDP2, and weights that accelerate loads when they are needed.
+    return any(
+        hasattr(one, "ds_id") or hasattr(one, "device_mesh") or one.device.type == "meta" for one in model.parameters()
+    )
 
 
 def _virtual_tokens(model: Any) -> int:
@@ -144,5 +149,5 @@ def _config_of(model: Any) -> Any:
 
 def _folder(model: Any) -> Path | None:
     name = getattr(model.config, "_name_or_path", None)
-    folder = choosing.base_folder(name) if name else None
+    folder = choosing.base_folder(name, getattr(model.config, "_commit_hash", None)) if name else None
     return folder if folder is not None and (folder / "config.json").is_file() else None

@@ -48,25 +48,30 @@ def probe(
     """
     found = Findings()
     asked = _Asked(model, ids)
-    probes: list[tuple[str, int, Callable[[], str | None]]] = []
+    #: name, tokens to feed, the length of the longest row, the probe
+    probes: list[tuple[str, int, int, Callable[[], str | None]]] = []
     if own_config is not None:
         probes.append(
-            ("short prompts, against the checkpoint's own rope", 64 * 3, lambda: _own_rope(asked, own_config))
+            ("short prompts, against the checkpoint's own rope", 64 * 2, 64, lambda: _own_rope(asked, own_config))
         )
     if boundary is not None:
         length = boundary
         probes += [
-            ("training mode against evaluation mode", 4 * length, lambda: _modes(asked, length)),
-            ("a row alone against beside a long one", 5 * length, lambda: _company(asked, length)),
-            ("generation with and without KV cache", 5 * length, lambda: _cache(asked, length)),
+            ("training mode against evaluation mode", 4 * length, length, lambda: _modes(asked, length)),
+            ("a row alone against beside a long one", 5 * length, length, lambda: _company(asked, length)),
+            ("generation with and without KV cache", 5 * length, length, lambda: _cache(asked, length)),
         ]
     if not probes:
         return found
     with undisturbed(model):
-        pace = asked.seconds_per_token(min(64, boundary or 64))
+        try:
+            pace = _Pace(asked, min(64, boundary or 64), boundary, seconds)
+        except Exception as error:
+            found.skipped.append(f"the sequence length was not probed: {_told(error)}")
+            return found
         left = seconds
-        for name, tokens, look in probes:
-            estimate = pace * tokens
+        for name, tokens, longest, look in probes:
+            estimate = pace.seconds(tokens, longest)
             if estimate > left:
                 found.skipped.append(
                     f"not probed: {name}. It would take about {estimate:.0f} s here, and {left:.0f} s are left"
@@ -77,13 +82,18 @@ def probe(
                 with undisturbed(model):
                     problem = look()
             except Exception as error:  # out of memory, say: nobody shall believe that the model was found good
-                lines = str(error).strip().splitlines() or [""]
-                found.skipped.append(f"not probed: {name}. {type(error).__name__}: {lines[0][:160]}")
+                found.skipped.append(f"not probed: {name}. {_told(error)}")
             else:
                 if problem is not None:
                     found.problems.append(problem)
             left -= time.monotonic() - start
     return found
+
+
+def _told(error: Exception) -> str:
+    """An exception in one line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:160]}"
 
 
 @contextmanager
@@ -183,7 +193,7 @@ class _Asked:
         return self.model.get_output_embeddings()(hidden[:1, max(0, stop - last) : stop]).float()[0]
 
     def seconds_per_token(self, tokens: int) -> float:
-        """By a short row, the second time: the first warms up. Long rows cost more per token, so this is a floor."""
+        """By a row of so many tokens, the second time: the first warms up."""
         ids = self.row(tokens)
         self.logits(ids)
         start = time.monotonic()
@@ -211,6 +221,21 @@ class _Asked:
     def differ(self, ours: Any, theirs: Any, control: float = 0.0) -> bool:
         """Is the difference more than rounding, and much more than the control's?"""
         return distance(ours, theirs) > max(self.tolerance, 4 * control)
+
+
+class _Pace:
+    """What forward passes cost here. Attention makes a token dearer in proportion to the length of its row."""
+
+    def __init__(self, asked: _Asked, short: int, boundary: int | None, seconds: float) -> None:
+        self.short, self.at_short, self.slope = short, asked.seconds_per_token(short), 0.0
+        quarter = (boundary or 0) // 4
+        if quarter > 2 * short and self.at_short * 8 * quarter < seconds:  # else it costs too much already
+            at_quarter = asked.seconds_per_token(quarter)
+            self.slope = max(0.0, (at_quarter - self.at_short) / (quarter - short))
+
+    def seconds(self, tokens: int, longest: int) -> float:
+        """An estimate for so many tokens in rows of that length."""
+        return tokens * (self.at_short + self.slope * max(0, longest - self.short))
 
 
 def distance(ours: Any, theirs: Any) -> float:

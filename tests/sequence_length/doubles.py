@@ -51,7 +51,7 @@ class _Attention(nn.Module):
         angles = positions[:, None] / base ** (torch.arange(0, self.width, 2, device=hidden.device) / self.width)
         query, key = (_turned(one, angles) for one in (query, key))
         if self.config.use_logn_attn and not self.training and length > native:
-            query = query * (torch.log(positions + 1.0) / math.log(native)).clamp(min=1)[:, None]
+            query = query * (torch.log(positions + 1.0) / math.log(native)).clamp(min=1)[:, None].to(query.dtype)
         scores = (query @ key.transpose(-1, -2) / math.sqrt(self.width)).masked_fill(blocked, float("-inf"))
         mixed = self.drop(scores.softmax(-1)) @ value
         return self.out(mixed.transpose(1, 2).reshape(rows, length, HIDDEN))
@@ -59,7 +59,8 @@ class _Attention(nn.Module):
 
 def _turned(one: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     first, second = one.chunk(2, -1)
-    return torch.cat([first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], -1)
+    cos, sin = angles.cos().to(one.dtype), angles.sin().to(one.dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
 class QwenV1Model(transformers.PreTrainedModel):  # type: ignore[misc]

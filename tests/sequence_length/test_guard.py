@@ -54,8 +54,8 @@ def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
 def prompted(model: Any, method: str = "prompt") -> Any:
     kinds = {"prompt": "PromptTuningConfig", "prefix": "PrefixTuningConfig", "p": "PromptEncoderConfig"}
     more: dict[str, Any] = {"encoder_hidden_size": 8} if method == "p" else {}
-    # peft does not find the number of heads in every config.
-    sizes = {"task_type": "CAUSAL_LM", "num_virtual_tokens": VIRTUAL, "num_attention_heads": HEADS}
+    # peft does not find these sizes in every config.
+    sizes = {"task_type": "CAUSAL_LM", "num_virtual_tokens": VIRTUAL, "num_attention_heads": HEADS, "num_layers": 1}
     return peft.get_peft_model(model, getattr(peft, kinds[method])(**sizes, **more))
 
 
@@ -129,8 +129,8 @@ def test_llama_beyond_its_length_is_a_matter_of_training_alone(
 
 
 def test_it_raises_when_asked(tmp_path: Path) -> None:
-    with pytest.raises(SequenceLengthError, match=r"longer than 64 tokens"):
-        guarded(llama(), [row(NATIVE + 1)], tmp_path, on_problem="raise")
+    with pytest.raises(SequenceLengthError, match=r"(?s)longer than 64 tokens.*otherwise in training"):
+        guarded(qwen_v1(), [row(NATIVE + 1)], tmp_path, on_problem="raise")
 
 
 def test_rows_without_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -163,6 +163,31 @@ def test_a_longer_rope_than_the_checkpoint_s_own(tmp_path: Path, caplog: pytest.
         messages = warned(caplog)
         assert any("live rope (linear x4) is not the checkpoint's (unscaled" in one for one in messages) == changed
         assert bool(messages) == changed
+
+
+def test_dynamic_scaling_with_a_raised_length_does_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What two popular trainers set: the host computes what it computed unscaled, and the guard says so."""
+    llama().save_pretrained(tmp_path / "base")
+    raised = llama({"rope_type": "dynamic", "factor": 4.0}, max_position_embeddings=4 * NATIVE)
+    ids = torch.tensor([row(2 * NATIVE)["input_ids"]])
+    with torch.no_grad():
+        assert torch.equal(raised(input_ids=ids).logits, llama()(input_ids=ids).logits)
+        right = llama({"rope_type": "dynamic", "factor": 4.0})
+        assert not torch.allclose(right(input_ids=ids).logits, llama()(input_ids=ids).logits, atol=1e-2)
+    raised.config._name_or_path = str(tmp_path / "base")
+    guarded(raised, [row(2 * NATIVE)], tmp_path / "out")
+    assert any(f"Set max_position_embeddings back to {NATIVE}" in message for message in warned(caplog))
+
+
+def test_a_larger_number_alone_is_no_longer_context(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    raised = llama(max_position_embeddings=4 * NATIVE)
+    raised.config._name_or_path = str(tmp_path / "base")
+    guarded(raised, [row(NATIVE)], tmp_path / "out")
+    assert warned(caplog) == []
+    guarded(raised, [row(NATIVE + 1)], tmp_path / "out")
+    (message,) = warned(caplog)
+    assert "a larger number alone teaches the model no longer positions" in message
 
 
 def test_training_is_the_same_with_and_without_the_guard(tmp_path: Path) -> None:

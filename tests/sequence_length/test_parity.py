@@ -63,6 +63,12 @@ def test_llama_is_the_same_however_it_is_fed() -> None:
     assert found(llama()) == set()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_no_difference_but_a_trick_still_is(dtype: torch.dtype) -> None:
+    assert found(llama().to(dtype)) == set()
+    assert MODES in found(qwen_v1(use_logn_attn=False).to(dtype))
+
+
 def test_static_scaling_is_the_same_however_it_is_fed() -> None:
     assert found(llama({"rope_type": "linear", "factor": 4.0})) == set()
     if hasattr(transformers, "modeling_rope_utils"):  # older releases know no yarn
@@ -79,6 +85,8 @@ def test_dynamic_scaling_follows_the_batch() -> None:
 
 def test_phi3_longrope_follows_the_batch() -> None:
     factors = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    if not hasattr(transformers, "Phi3Config"):
+        pytest.skip("this release has no Phi-3: pip install 'transformers>=4.41'")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     limits = {"max_position_embeddings": 4 * NATIVE, "original_max_position_embeddings": NATIVE}
 
@@ -167,6 +175,15 @@ def test_what_costs_too_much_is_not_begun() -> None:
     assert findings.problems == []
     assert len(findings.skipped) == 3
     assert all("It would take about" in one for one in findings.skipped)
+
+
+def test_a_model_that_cannot_be_asked_is_told() -> None:
+    model = qwen_v1()
+    model.transformer.forward = None
+    findings = parity.probe(model, NATIVE)
+    assert findings.problems == []
+    (sentence,) = findings.skipped
+    assert sentence.startswith("the sequence length was not probed: TypeError")
 
 
 def test_a_probe_that_fails_is_told_and_leaves_the_model_as_it_was() -> None:
