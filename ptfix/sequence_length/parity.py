@@ -202,8 +202,8 @@ class _Asked:
 
     @property
     def noise(self) -> float:
-        """What rounding alone may do to logits that are computed in the same way, as a part of their size."""
-        return max(1e-5, 4 * self._epsilon)
+        """How far apart logits may be that one and the same computation gives twice, as a part of their size."""
+        return max(1e-5, self._epsilon)
 
     @property
     def tolerance(self) -> float:

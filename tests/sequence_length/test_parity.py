@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from ptfix.sequence_length import parity
+from tests.matrix.models import NotInThisPair, base_model
 from tests.sequence_length.doubles import NATIVE, VOCAB, llama, qwen_v1, tiny, with_table
 
 MODES, COMPANY, CACHE, SHORT = (
@@ -67,6 +68,16 @@ def test_llama_is_the_same_however_it_is_fed() -> None:
 def test_rounding_is_no_difference_but_a_trick_still_is(dtype: torch.dtype) -> None:
     assert found(llama().to(dtype)) == set()
     assert MODES in found(qwen_v1(use_logn_attn=False).to(dtype))
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "mistral", "gpt_neox", "bloom", "falcon"])
+def test_architectures_without_a_fault_are_found_without_one(architecture: str) -> None:
+    try:
+        model = base_model(architecture)
+    except NotInThisPair as reason:
+        pytest.skip(f"{reason}: pip install a newer one")
+    assert found(model) == set()
+    assert found(model.to(torch.bfloat16)) == set()
 
 
 def test_static_scaling_is_the_same_however_it_is_fed() -> None:
