@@ -84,6 +84,7 @@ class SequenceLengthGuardCallback(TrainerCallback):  # type: ignore[misc]  # the
             virtual_tokens=_virtual_tokens(model),
             max_length=self.max_length or (said if isinstance(said, int) else None),
             max_length_is_promised=self.max_length is not None,
+            packed=getattr(args, "packing", None),
         )
 
     def _probed(self, args: Any, model: Any, plan: judgement.Plan) -> list[str]:

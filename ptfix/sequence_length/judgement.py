@@ -18,6 +18,7 @@ class Plan:
     virtual_tokens: int = 0
     max_length: int | None = None
     max_length_is_promised: bool = False  #: the user told the guard, so rows of that length will come
+    packed: bool | None = None  #: are several rows put into one of max_length? None: not known
 
     @property
     def longest(self) -> int:
@@ -130,9 +131,11 @@ def _length_and_data(plan: Plan, found: Judgement) -> None:
     most, cut = plan.rows.percentile(0.99), plan.rows.cut_at(plan.max_length)
     trained = plan.context.train_mode_context
     changed = plan.own is not None and plan.context.rope.differs_from(plan.own.rope)
+    if cut > 0.9 and plan.packed is not False:
+        cut = 0.0  # nearly all rows of one length were packed, not cut
     # A default of 1024 over short rows costs nothing; a length that was asked for, or scaled for, does.
     matters = plan.max_length_is_promised or changed or (trained is not None and plan.max_length > trained.value)
-    if plan.max_length > 2 * most and matters:
+    if plan.max_length > 2 * most and matters and not plan.packed:
         found.warnings.append(
             f"max_length={plan.max_length} is {plan.max_length / max(1, most):.0f} times what the data needs: 99% of "
             f"{len(plan.rows.seen)} rows looked at have at most {most} tokens, the longest {plan.rows.longest}. "

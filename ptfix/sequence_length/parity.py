@@ -69,13 +69,12 @@ def probe(
         except Exception as error:
             found.skipped.append(f"the sequence length was not probed: {_told(error)}")
             return found
-        left = seconds
+        left, dear, cost = seconds, [], 0.0
         for name, tokens, longest, look in probes:
             estimate = pace.seconds(tokens, longest)
             if estimate > left:
-                found.skipped.append(
-                    f"not probed: {name}. It would take about {estimate:.0f} s here, and {left:.0f} s are left"
-                )
+                dear.append(name)
+                cost += estimate
                 continue
             start = time.monotonic()
             try:
@@ -87,6 +86,11 @@ def probe(
                 if problem is not None:
                     found.problems.append(problem)
             left -= time.monotonic() - start
+        if dear:
+            found.skipped.append(
+                f"not probed: {'; '.join(dear)}. That would take about {cost:.0f} s here, of {seconds:.0f} s allowed "
+                f"(probe_seconds) {max(0.0, left):.0f} s are left"
+            )
     return found
 
 

@@ -59,12 +59,8 @@ class Rows:
         return sum(row.length > limit for row in self.seen) / len(self.seen)
 
     def cut_at(self, max_length: int) -> float:
-        """The share of rows that end exactly at `max_length`: cut there, all but a few.
-
-        0 where nearly all do, since then they were packed to that length, not cut.
-        """
-        share = sum(row.length == max_length for row in self.seen) / len(self.seen)
-        return 0.0 if share > 0.9 else share
+        """The share of rows that end exactly at `max_length`: cut there, all but a few, or packed to that length."""
+        return sum(row.length == max_length for row in self.seen) / len(self.seen)
 
     @property
     def masked(self) -> float:
@@ -100,8 +96,8 @@ def look(dataset: Any, collate: Any = None, seconds: float = 3.0, keep: int = 64
 
 
 def _spread(total: int) -> Iterator[int]:
-    """Every index but 0, the first few hundred spread over all of them: whoever stops early has seen each part."""
-    step = max(1, total // 256)
+    """Every index but 0, the first 256 spread over all of them: whoever stops early has seen each part."""
+    step = max(1, -(-total // 256))
     for start in range(step):
         yield from range(start or step, total, step)
 
