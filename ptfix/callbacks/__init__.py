@@ -15,8 +15,10 @@ from typing import Any
 _LAZY = {
     "ChatTemplateCallback": "chat_template",
     "ChatTemplateError": "chat_template",
+    "InstructionRetentionCallback": "instruction_retention",
     "SequenceLengthError": "sequence_length_guard",
     "SequenceLengthGuardCallback": "sequence_length_guard",
+    "SequenceLengthWarmupCallback": "sequence_length_warmup",
     "SoftPromptCallback": "soft_prompt",
     "SoftPromptError": "soft_prompt",
 }

@@ -14,6 +14,10 @@ from ptfix.chat_templates import choosing, diagnosis, files, parity, readers, sa
 logger = logging.getLogger("ptfix")
 
 
+#: How many rows of the first batch are looked at.
+_ROWS = 8
+
+
 class ChatTemplateError(RuntimeError):
     """A checkpoint's template is wrong and cannot be mended, or inference will not read what training reads."""
 
@@ -129,19 +133,15 @@ class ChatTemplateCallback(TrainerCallback):  # type: ignore[misc]  # the hosts 
         tokens = saving.special_tokens(self._saver)
         prompt = diagnosis.diagnose(template, tokens).generation_prompt if template is not None else None
         tokenizer = saving.tokenizer_of(self._saver)
-        mask = batch.get("attention_mask")
         config = getattr(model, "generation_config", None)
         stops = _as_list(getattr(config, "eos_token_id", None)) or _as_list(tokenizer.eos_token_id)
-        row, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
-        if mask is not None and mask.dim() == 2:
-            real = mask[0].tolist()
-            row = [token for token, keep in zip(row, real, strict=True) if keep]
-            labels = [label for label, keep in zip(labels, real, strict=True) if keep]
-        found = parity.judge(row, labels, tokenizer, prompt, stops)
-        for problem in found.problems:
-            self._problem(problem)
-        if self.repair_eos and config is not None and found.end_of_turn not in (None, *stops):
-            config.eos_token_id = [*stops, found.end_of_turn]
+        found = [parity.judge(*row, tokenizer, prompt, stops) for row in _rows(batch)]
+        if all(each.problems for each in found):  # a row that is cut, or packed, may be odd where the run is right
+            for problem in found[0].problems:
+                self._problem(problem)
+        ends = {each.end_of_turn for each in found if each.end_of_turn is not None} - set(stops)
+        if self.repair_eos and config is not None and ends:
+            config.eos_token_id = [*stops, *sorted(ends)]
 
     def _smoke(self, model: Any) -> None:
         """Ask for a few tokens, greedily: an answer may be bad, but not empty. Parity is the proof, this a glance."""
@@ -179,6 +179,17 @@ class ChatTemplateCallback(TrainerCallback):  # type: ignore[misc]  # the hosts 
         if sentence not in self._warned:
             self._warned.add(sentence)
             logger.warning(sentence)
+
+
+def _rows(batch: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
+    """The first rows of a batch without their padding: token ids and labels."""
+    mask = batch.get("attention_mask")
+    rows = []
+    for place, (ids, labels) in enumerate(zip(batch["input_ids"][:_ROWS], batch["labels"][:_ROWS], strict=True)):
+        if mask is not None and mask.dim() == 2:
+            ids, labels = ids[mask[place].bool()], labels[mask[place].bool()]
+        rows.append((ids.tolist(), labels.tolist()))
+    return rows
 
 
 def _collators(dataloader: Any) -> Any:

@@ -55,7 +55,7 @@ class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]  # the hosts ar
 
     def _check(self, args: Any, state: Any, given: dict[str, Any]) -> None:
         model = _soft_prompted(given.get("model"))
-        if model is None or not state.is_world_process_zero or _is_sharded(args, model):
+        if model is None or not state.is_world_process_zero or is_sharded(args, model):
             return
         try:
             problem = self._problem(model, given.get("train_dataloader"))
@@ -100,7 +100,7 @@ def _soft_prompted(model: Any) -> Any:
     return model if isinstance(model, peft.PeftModelForCausalLM) and adapter.has_soft_prompt(model) else None
 
 
-def _is_sharded(args: Any, model: Any) -> bool:
+def is_sharded(args: Any, model: Any) -> bool:
     """Does each process hold a part of the weights (FSDP, ZeRO-3)? There one forward pass waits for all the others."""
     return bool(getattr(args, "fsdp", None)) or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 

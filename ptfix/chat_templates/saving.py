@@ -120,31 +120,39 @@ def _loaded_from(folder: Path, processor: bool) -> Templates | None:
     return None
 
 
-def saved_by(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``save_pretrained(self, save_directory, ...)`` that saves a registered object with its inference template."""
+def save(original: Callable[..., Any], obj: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    """The host's ``save_pretrained``, of a registered object with its inference template. Returns what the host does.
 
-    @functools.wraps(original)
-    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        if not is_registered(self):
-            return original(self, save_directory, *args, **kwargs)
-        chosen = choice(self)
-        if chosen.templates is None:
+    Raises:
+        WriteError, ReadError: the templates cannot be written there; and what the host raises.
+    """
+    if not is_registered(obj):
+        return original(obj, save_directory, *args, **kwargs)
+    chosen = choice(obj)
+    if chosen.templates is None:
+        if training_template(obj) is not None:
             _say_once("; ".join(chosen.reasons))
-            return original(self, save_directory, *args, **kwargs)
-        twin = _twin(self, chosen.templates)
-        if kwargs.get("filename_prefix") or os.path.isfile(save_directory):
-            # No reader looks for prefixed names; what is no folder, the host refuses.
-            return original(twin, save_directory, *args, **kwargs)
-        if kwargs.get("push_to_hub") or args:  # uploads from where it saves
-            result = original(twin, save_directory, *args, **kwargs)
-        else:
-            with files.staged(save_directory) as stage:
-                result = _moved(original(twin, str(stage), **kwargs), str(stage), str(save_directory))
-                write(stage, chosen.templates, self, durable=False)  # as the host's own files beside it
-        write(save_directory, chosen.templates, self)
-        return result
+        return original(obj, save_directory, *args, **kwargs)
+    twin = _twin(obj, chosen.templates)
+    if kwargs.get("filename_prefix") or os.path.isfile(save_directory):
+        # No reader looks for prefixed names; what is no folder, the host refuses.
+        return original(twin, save_directory, *args, **kwargs)
+    if kwargs.get("push_to_hub") or args:  # uploads from where it saves
+        result = original(twin, save_directory, *args, **kwargs)
+    else:
+        with files.staged(save_directory) as stage:
+            result = _moved(original(twin, str(stage), **kwargs), str(stage), str(save_directory))
+            write(stage, chosen.templates, obj, durable=False)  # as the host's own files beside it
+    write(save_directory, chosen.templates, obj)
+    return result
 
-    return save_pretrained
+
+def upload(original: Callable[..., Any], obj: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+    """The host's ``_upload_modified_files``, which sends what `save` will leave."""
+    templates = getattr(obj, "__dict__", {}).get(_BEING_SAVED)
+    if templates is not None:
+        write(working_dir, templates, obj)
+    return original(obj, working_dir, *args, **kwargs)
 
 
 def _moved(saved: Any, stage: str, folder: str) -> Any:

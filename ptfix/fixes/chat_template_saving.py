@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,15 +10,23 @@ from ptfix.patching import Edit, Fix
 
 
 def _wrap_save(original: Callable[..., Any]) -> Callable[..., Any]:
-    from ptfix.chat_templates import saving
+    @functools.wraps(original)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        from ptfix.chat_templates import saving  # not before: apply() is quick
 
-    return saving.saved_by(original)
+        return saving.save(original, self, save_directory, *args, **kwargs)
+
+    return save_pretrained
 
 
 def _wrap_upload(original: Callable[..., Any]) -> Callable[..., Any]:
-    from ptfix.chat_templates import saving
+    @functools.wraps(original)
+    def _upload_modified_files(self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        from ptfix.chat_templates import saving
 
-    return saving.uploaded_by(original)
+        return saving.upload(original, self, working_dir, *args, **kwargs)
+
+    return _upload_modified_files
 
 
 def _probe() -> str | None:

@@ -1,1 +1,1 @@
-"""How long a model's input may be, what the training rows ask for, and whether both modes agree about it."""
+"""How long a model's input may be and what the rows ask for; growing that length; noticing what it costs."""

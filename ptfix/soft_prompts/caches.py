@@ -40,12 +40,17 @@ def length(past_key_values: Any) -> int:
         value = first if isinstance(first, torch.Tensor) else first[1]
         return int(value.shape[-2])
     keys = getattr(past_key_values, "key_cache", None)
-    if keys and hasattr(past_key_values, "is_sliding") and isinstance(keys[0], torch.Tensor):
+    if keys and _sliding_layers(past_key_values) is not None and isinstance(keys[0], torch.Tensor):
         # HybridCache answers None (4.42-4.44), or for layer 0, whose sliding window saturates. Count what is written
         # in the longest layer, as StaticCache does for itself.
         longest = max(keys, key=lambda key: key.shape[-2])
         return int(longest[0, 0].any(dim=-1).sum())
     return int(past_key_values.get_seq_length() or 0)
+
+
+def _sliding_layers(past_key_values: Any) -> Any:
+    """Which layers of a HybridCache have a sliding window; the attribute had another name in 4.52 and 4.53."""
+    return getattr(past_key_values, "is_sliding", getattr(past_key_values, "is_sliding_list", None))
 
 
 class OnLayers:
@@ -91,7 +96,7 @@ def fill(past_key_values: Any, prefix: KeyValues, base_model: Any) -> Any:
             return tuple(prefix)
         past_key_values = new(base_model)
     positions = torch.arange(prefix[0][0].shape[-2], device=prefix[0][0].device)
-    is_sliding = getattr(past_key_values, "is_sliding", None)
+    is_sliding = _sliding_layers(past_key_values)
     layers = getattr(past_key_values, "layers", None) or []
     for index, (key, value) in enumerate(prefix):
         if index < len(layers) and not hasattr(layers[index], "get_mask_sizes"):

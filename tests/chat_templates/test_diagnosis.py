@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ptfix
-from ptfix.chat_templates import rendering
+from ptfix import hosts
 from ptfix.chat_templates.diagnosis import Diagnosis, diagnose, disagreement
 from ptfix.chat_templates.rendering import Job, render_all, strip_generation_tags
 from tests.chat_templates import real
@@ -326,7 +326,7 @@ def test_hidden_characters_are_named() -> None:
 
 
 def test_an_old_jinja2_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendering.hosts, "installed", lambda name: None)
+    monkeypatch.setattr(hosts, "installed", lambda name: None)
     found = diagnose(CHATML, TOKENS)
     assert found.verdict == "unknown"
     assert "pip install" in found.reasons[0]

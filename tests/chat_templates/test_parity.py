@@ -120,6 +120,34 @@ def test_the_first_batch_of_a_wrong_run_is_told(tmp_path: Path, caplog: pytest.L
         train(tmp_path / "again", doubled, on_problem="raise")
 
 
+def test_one_odd_row_beside_a_right_one_is_no_alarm(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def doubled_once(row: dict[str, list[int]]) -> dict[str, list[int]]:
+        seen.append(1)
+        return doubled(row) if len(seen) == 1 else row
+
+    train(tmp_path, doubled_once, on_problem="raise")
+
+
+def test_a_tokenizer_without_a_template_is_passed_over_in_silence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    of = stories.publish(tmp_path / "base")
+    of.chat_template = TRAINING
+    rows = stories.rows(of)
+    plain = stories.tokenizer()
+    plain.save_pretrained(tmp_path / "base")
+    for name in ("chat_template.jinja", "chat_template.json"):
+        (tmp_path / "base" / name).unlink(missing_ok=True)
+    trainer = stories.trainer(tmp_path / "base", tmp_path / "out", of, [ptfix.ChatTemplateCallback(on_problem="raise")])
+    of.chat_template, of.init_kwargs["chat_template"] = None, None
+    trainer.train_dataset = rows
+    with caplog.at_level(logging.WARNING, logger="ptfix"):
+        trainer.train()
+    assert not [record for record in caplog.records if record.name == "ptfix"]
+
+
 def test_the_end_of_turn_is_added_when_asked(tmp_path: Path) -> None:
     other = 3  # a special token that is not the model's eos
 

@@ -1,0 +1,125 @@
+"""SequenceLengthWarmupCallback: training begins with short rows and lengthens them step by step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+
+from ptfix.callbacks.running import trainer_of
+from ptfix.sequence_length import warmup
+from ptfix.sequence_length.schedule import Schedule
+
+logger = logging.getLogger("ptfix")
+
+
+class SequenceLengthWarmupCallback(TrainerCallback):  # type: ignore[misc]  # the hosts are untyped here
+    """Progressive sequence length: exact for each optimizer step, the same for its micro-batches and all processes.
+
+    Which length is allowed follows from the optimizer step alone, so a resumed run goes on as the whole one would, and
+    dataloader workers need not know. The Trainer's log gets ``sequence_length`` (longest row since the last log, with
+    padding) and ``sequence_length_tokens`` (tokens this process has trained on, without padding).
+
+    Args:
+        schedule: the length for each step, for the modes that cut: `linear`, `root` or `steps` of
+            `ptfix.sequence_length.schedule`.
+        mode: ``"order"``: nothing is cut, each epoch takes its rows from short to long, each once. For chat: an answer
+            that is cut off teaches to stop in the middle. ``"truncate"``: the first tokens of each row.
+            ``"segment"``: each row in pieces, the same tokens in more rows.
+
+    Raises:
+        ValueError: a mode without what it needs; when training, data that allow only ``order`` (packed rows with
+            cu_seqlens, images, preference pairs), or data that ``order`` cannot sort.
+    """
+
+    def __init__(self, schedule: Schedule | None = None, mode: warmup.Mode = "order") -> None:
+        if mode not in warmup.MODES:
+            raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(map(repr, warmup.MODES))}.")
+        if mode == "order" and schedule is not None:
+            raise ValueError("mode='order' sorts the rows and follows no schedule; leave one of the two out.")
+        if mode != "order" and schedule is None:
+            raise ValueError(f"mode={mode!r} needs a schedule: ptfix.sequence_length.schedule.linear(256, 2048, 500).")
+        self.schedule, self.mode = schedule, mode
+        self._longest, self._tokens = 0, 0
+        self._trainer: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._let_go()  # of a run that ended with an error
+        self._trainer = trainer = trainer_of(self)
+        self._longest = 0
+        logged = (entry.get("sequence_length_tokens") for entry in reversed(state.log_history))
+        self._tokens = next((tokens for tokens in logged if tokens is not None), 0) if state.global_step else 0
+        if self.mode == "order":
+            _sort(kwargs["train_dataloader"], args)
+        # The attributes lie over the methods of this one object; a subclass's own methods are called as ever.
+        trainer.log = _Logged(self, trainer.log)
+        if hasattr(Trainer, "get_batch_samples"):  # of Trainer: trl's had another method of that name before
+            trainer.get_batch_samples = _Sampled(self, trainer.get_batch_samples)
+        else:  # before 4.46 a step's labels are not counted, so a batch may be cut as late as this
+            trainer.training_step = _Stepped(self, trainer.training_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for name in ("log", "get_batch_samples", "training_step"):
+            if isinstance(getattr(self._trainer, name, None), _Hook):
+                delattr(self._trainer, name)
+        self._trainer = None
+
+    def cut(self, batch: Any) -> Any:
+        """The batch at the length of the optimizer step that it is for."""
+        if self.mode != "order":
+            assert self.schedule is not None
+            cut = warmup.truncated if self.mode == "truncate" else warmup.segmented
+            batch = cut(batch, self.schedule.length(self._trainer.state.global_step))
+        length, real = warmup.tokens(batch)
+        self._longest, self._tokens = max(self._longest, length), self._tokens + real
+        return batch
+
+    def logged(self, logs: dict[str, float]) -> dict[str, float]:
+        """What the Trainer logs of a training step, with the length."""
+        if "loss" not in logs:
+            return logs
+        longest, self._longest = self._longest, 0
+        return {**logs, "sequence_length": longest, "sequence_length_tokens": self._tokens}
+
+
+class _Hook:
+    """Stands where a bound method of the Trainer stood, and calls it."""
+
+    def __init__(self, callback: SequenceLengthWarmupCallback, method: Any) -> None:
+        self.callback, self.method = callback, method
+
+
+class _Sampled(_Hook):
+    """All micro-batches of an optimizer step are taken, cut, and only then counted by the host."""
+
+    def __call__(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        return self.method(map(self.callback.cut, epoch_iterator), *args, **kwargs)
+
+
+class _Stepped(_Hook):
+    def __call__(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.method(model, self.callback.cut(inputs), *args, **kwargs)
+
+
+class _Logged(_Hook):
+    """Before anybody is told: a callback's on_log comes after the reports to wandb and tensorboard."""
+
+    def __call__(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
+        return self.method(self.callback.logged(logs), *args, **kwargs)
+
+
+def _sort(dataloader: Any, args: Any) -> None:
+    """Let the dataloader take its rows from short to long; it was made for this run only."""
+    seed = args.seed if args.data_seed is None else args.data_seed
+    order = warmup.ShortToLong(warmup.lengths(dataloader.dataset, args.length_column_name), seed)
+    sampler: Any = getattr(dataloader, "batch_sampler", None)
+    while hasattr(sampler, "batch_sampler"):  # accelerate's shard for this process
+        sampler = sampler.batch_sampler
+    if not hasattr(sampler, "sampler"):
+        raise ValueError("mode='order' cannot sort what this dataloader's batches are drawn from; use mode='truncate'.")
+    sampler.sampler = order

@@ -1,0 +1,167 @@
+"""Batches cut to a length: every per-token tensor alike, no token of a row moved against its label."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ptfix.sequence_length import warmup
+from tests.matrix.models import base_model
+
+WIDTH = 12
+
+
+def batch(lengths: list[int], side: str = "right", width: int = WIDTH) -> dict[str, Any]:
+    """Rows of distinct tokens, so that a token tells its row and its place; the labels are the tokens."""
+    ids, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        at = slice(0, length) if side == "right" else slice(width - length, width)
+        ids[row, at] = torch.arange(1, length + 1) + 100 * (row + 1)
+        mask[row, at] = 1
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def texts(cut: Any) -> list[list[int]]:
+    return [row[real.bool()].tolist() for row, real in zip(cut["input_ids"], cut["attention_mask"], strict=True)]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_truncate_keeps_the_beginning_of_each_row(side: str) -> None:
+    cut = warmup.truncated(batch([12, 3, 7], side), 5)
+    assert cut["input_ids"].shape == (3, 5)
+    assert texts(cut) == [[101, 102, 103, 104, 105], [201, 202, 203], [301, 302, 303, 304, 305]]
+    assert torch.equal(cut["labels"], cut["input_ids"].masked_fill(cut["attention_mask"] == 0, -100))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@given(lengths=st.lists(st.integers(2, WIDTH), min_size=1, max_size=4), length=st.integers(2, WIDTH))
+def test_segments_are_the_same_tokens_in_more_rows(side: str, lengths: list[int], length: int) -> None:
+    whole = batch(lengths, side)
+    cut = warmup.segmented(dict(whole), length)
+    # A single token predicts nothing: that piece has nothing to learn from, and is dropped.
+    expected = [text[at : at + length] for text in texts(whole) for at in range(0, len(text), length)]
+    assert texts(cut) == [piece for piece in expected if len(piece) > 1]
+    if max(lengths) > length:
+        assert cut["input_ids"].shape[1] == length
+    assert torch.equal(cut["labels"], cut["input_ids"].masked_fill(cut["attention_mask"] == 0, -100))
+
+
+@pytest.mark.parametrize("cut", [warmup.truncated, warmup.segmented])
+def test_a_batch_that_fits_is_left_alone(cut: Any) -> None:
+    whole = batch([4, 6])
+    assert cut(whole, WIDTH) is whole
+
+
+def test_everything_per_token_is_cut_and_what_is_per_row_follows_its_row() -> None:
+    whole = batch([12, 12])
+    whole["labels"][0, :6] = -100  # row 0 has nothing to learn within 5 tokens
+    whole |= {
+        "weights": torch.arange(24.0).reshape(2, 12),
+        "states": torch.arange(48.0).reshape(2, 12, 2),
+        "mask_4d": torch.ones(2, 1, 12, 12).tril(),
+        "position_ids": torch.arange(12).expand(3, 2, 12),
+        "task_ids": torch.tensor([7, 8]),
+        "names": ["a", "b"],
+        "temperature": torch.tensor(0.5),
+    }
+    cut = warmup.truncated(dict(whole), 5)
+    assert texts(cut) == [[201, 202, 203, 204, 205]]
+    assert cut["weights"].tolist() == [[12, 13, 14, 15, 16]]
+    assert torch.equal(cut["states"], whole["states"][1:, :5])
+    assert torch.equal(cut["mask_4d"], whole["mask_4d"][1:, :, :5, :5])
+    assert torch.equal(cut["position_ids"], whole["position_ids"][:, 1:, :5])
+    assert (cut["task_ids"].tolist(), cut["names"], float(cut["temperature"])) == ([8], ["b"], 0.5)
+
+
+@pytest.mark.parametrize(("masked", "expected"), [(10, [108, 109, 110, 111, 112]), (6, [106, 107, 108, 109, 110])])
+def test_a_batch_never_loses_its_last_label(masked: int, expected: list[int]) -> None:
+    whole = batch([12])
+    whole["labels"][:, :masked] = -100
+    assert texts(warmup.truncated(whole, 5)) == [expected]
+
+
+def test_packed_rows_keep_the_positions_of_each_text() -> None:
+    whole = batch([12])
+    del whole["attention_mask"]
+    whole["position_ids"] = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4]])
+    assert warmup.truncated(dict(whole), 9)["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 0, 1]]
+    assert warmup.segmented(dict(whole), 5)["position_ids"].tolist()[:2] == [[0, 1, 2, 3, 4], [0, 1, 0, 1, 2]]
+
+
+@pytest.mark.parametrize("kind", ["2d", "bool", "additive"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_model_reads_in_a_piece_what_it_reads_in_the_piece_alone(side: str, kind: str) -> None:
+    """The truth: the logits of each piece as a row of its own, without a mask, padding or position_ids."""
+    model = base_model("llama")
+    lengths = [12, 7]
+    whole = batch(lengths, side)
+    whole["input_ids"] %= 61
+    positions = (whole["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    if kind != "2d":
+        seen = torch.ones(WIDTH, WIDTH, dtype=torch.bool).tril() & whole["attention_mask"].bool()[:, None, None]
+        seen = seen | torch.eye(WIDTH, dtype=torch.bool)  # a query that sees nothing is 0/0
+        least = torch.finfo(torch.float32).min
+        whole["mask_4d"] = seen if kind == "bool" else torch.zeros(seen.shape).masked_fill(~seen, least)
+    cut = warmup.segmented({**whole, "position_ids": positions}, 5)
+    mask = cut["mask_4d"] if "mask_4d" in cut else cut["attention_mask"]
+    if kind == "bool":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        logits = model(cut["input_ids"], attention_mask=mask, position_ids=cut["position_ids"]).logits
+        assert len(logits) == 5
+        for row, real in enumerate(cut["attention_mask"].bool()):
+            alone = model(cut["input_ids"][row][real][None]).logits[0]
+            torch.testing.assert_close(logits[row][real], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"cu_seq_lens_q": torch.tensor([0, 5, 12])}, "cu_seqlens"),
+        ({"pixel_values": torch.zeros(2, 3, 4, 4)}, "images"),
+        ({"chosen_input_ids": torch.zeros(2, 12)}, "preference pairs"),
+        ({"strange": torch.zeros(5, 12)}, r"strange \[5, 12\] does not fit input_ids \[2, 12\]"),
+    ],
+)
+@pytest.mark.parametrize("cut", [warmup.truncated, warmup.segmented])
+def test_what_cannot_be_cut_is_refused_and_order_named(cut: Any, extra: dict[str, Any], words: str) -> None:
+    with pytest.raises(warmup.CannotCut, match=f"{words}.*mode='order'"):
+        cut({**batch([12, 12]), **extra}, 5)
+
+
+def test_a_batch_without_rows_of_tokens_is_refused() -> None:
+    with pytest.raises(warmup.CannotCut, match="no input_ids"):
+        warmup.truncated({"labels": torch.zeros(2)}, 5)
+
+
+def test_the_order_is_short_to_long_each_row_once_and_depends_on_the_seed_alone() -> None:
+    lengths = [5, 3, 9, 3, 3, 5, 1, 3]
+    order = list(warmup.ShortToLong(lengths, 0))
+    assert sorted(order) == list(range(8))
+    assert [lengths[row] for row in order] == sorted(lengths)
+    assert order == list(warmup.ShortToLong(lengths, 0))
+    assert any(order != list(warmup.ShortToLong(lengths, seed)) for seed in range(1, 9))
+
+
+def test_lengths_of_rows_pairs_and_a_length_column() -> None:
+    assert warmup.lengths([{"input_ids": [1, 2, 3]}, {"input_ids": [1]}]) == [3, 1]
+    assert warmup.lengths([{"chosen_input_ids": [1, 2, 3], "rejected_input_ids": [1]}]) == [3]
+
+    class Columns(list):  # type: ignore[type-arg]  # what a datasets.Dataset offers
+        column_names = ("length",)
+
+        def __getitem__(self, key: Any) -> Any:
+            return [4, 2] if key == "length" else super().__getitem__(key)
+
+    assert warmup.lengths(Columns([{}, {}])) == [4, 2]
+
+
+def test_a_dataset_that_cannot_be_sorted_is_refused() -> None:
+    with pytest.raises(ValueError, match="mode='truncate'"):
+        warmup.lengths(iter([]))
+    with pytest.raises(ValueError, match="length_column_name"):
+        warmup.lengths([{"text": "hello"}])
