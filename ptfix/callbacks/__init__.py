@@ -16,6 +16,8 @@ _LAZY = {
     "ChatTemplateCallback": "chat_template",
     "ChatTemplateError": "chat_template",
     "InstructionRetentionCallback": "instruction_retention",
+    "SequenceLengthError": "sequence_length_guard",
+    "SequenceLengthGuardCallback": "sequence_length_guard",
     "SequenceLengthWarmupCallback": "sequence_length_warmup",
     "SoftPromptCallback": "soft_prompt",
     "SoftPromptError": "soft_prompt",
@@ -25,9 +27,10 @@ _LAZY = {
 def default() -> list[Any]:
     """The sensible default set, new objects at each call."""
     from ptfix.callbacks.chat_template import ChatTemplateCallback
+    from ptfix.callbacks.sequence_length_guard import SequenceLengthGuardCallback
     from ptfix.callbacks.soft_prompt import SoftPromptCallback
 
-    return [ChatTemplateCallback(), SoftPromptCallback()]
+    return [ChatTemplateCallback(), SequenceLengthGuardCallback(), SoftPromptCallback()]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,7 @@
-"""`ptfix check PATH`: which chat template would each reader load from a saved folder, and is it right?"""
+"""`ptfix check PATH`: which chat template would each reader load from a saved folder, and is it right?
+
+Where a model is there, also the four lengths that its config speaks of.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,15 @@ from ptfix.chat_templates import inspection
 from ptfix.chat_templates.files import Change, ReadError
 from ptfix.chat_templates.inspection import Inspection
 from ptfix.cli import UsageError
+from ptfix.sequence_length import context
+from ptfix.sequence_length.context import Context
 
 
 def add_parser(subparsers: Any) -> None:
     """Offer the command."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        "check", help="which chat template would each reader load from a saved folder, and is it right"
+        "check",
+        help="which chat template would each reader load from a saved folder, is it right; how long may rows be",
     )
     add_arguments(parser)
 
@@ -39,8 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print what was found; 1 where something is wrong, else 0."""
     found = examine(args)
-    findings = {"ptfix": ptfix.__version__, "path": str(args.path), "folders": [described(one) for one in found]}
-    show(json.dumps(findings, indent=2) if args.json else "\n\n".join(map(_text, found)))
+    lengths = [_lengths(one) for one in found]
+    folders = [
+        {**described(one), "sequence_length": None if read is None else read.to_dict()}
+        for one, read in zip(found, lengths, strict=True)
+    ]
+    findings = {"ptfix": ptfix.__version__, "path": str(args.path), "folders": folders}
+    texts = ["\n".join([_text(one), *length_lines(read)]) for one, read in zip(found, lengths, strict=True)]
+    show(json.dumps(findings, indent=2) if args.json else "\n\n".join(texts))
     return 1 if any(one.problems for one in found) else 0
 
 
@@ -114,6 +126,33 @@ def problem_lines(found: Inspection) -> list[str]:
     """Problems and notes, for people."""
     lines = ["", "  Problems", *indented(found.problems)] if found.problems else []
     return lines + (["", "  Notes", *indented(found.notes)] if found.notes else [])
+
+
+def length_lines(read: Context | None) -> list[str]:
+    """The four lengths of a model, for people; nothing where there is no model."""
+    if read is None:
+        return []
+    numbers = [
+        ("hard limit", read.hard_limit, "none known"),
+        ("pretrained context", read.pretrained_context, "not said"),
+        ("train-mode context", read.train_mode_context, "not said"),
+        ("declared context", read.declared_context, "not said"),
+    ]
+    lines = [f"    {name:18}  {number or otherwise}" for name, number, otherwise in numbers]
+    return ["", "  Length in tokens", *lines, f"    {'rope':18}  {read.rope}", *indented((*read.faults, *read.doubts))]
+
+
+def _lengths(found: Inspection) -> Context | None:
+    """Of the folder's own model, else of the base model's.
+
+    Raises:
+        UsageError: its config.json cannot be read.
+    """
+    try:
+        own = context.read_folder(found.folder)
+        return own if own is not None or found.base_folder is None else context.read_folder(found.base_folder)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def indented(sentences: Iterable[str]) -> list[str]:

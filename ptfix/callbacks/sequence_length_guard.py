@@ -1,0 +1,154 @@
+"""SequenceLengthGuardCallback: before step 1, say what the model cannot do with rows of this length."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import TrainerCallback
+
+from ptfix.chat_templates import choosing
+from ptfix.sequence_length import context, judgement, parity, rows
+from ptfix.soft_prompts import adapter, check
+
+logger = logging.getLogger("ptfix")
+
+
+class SequenceLengthError(RuntimeError):
+    """The run would crash or learn nothing because of the length of its rows, or (when asked) any other problem."""
+
+
+class SequenceLengthGuardCallback(TrainerCallback):  # type: ignore[misc]  # the hosts are untyped here
+    """Compare the training rows with what the model can do, when training begins. Silent about encoder-decoders.
+
+    What must crash (a row longer than a table of positions) or teaches nothing (no label anywhere) is always an error.
+    Everything else is a warning with numbers and advice.
+
+    Args:
+        on_problem: ``"warn"`` through ``logging.getLogger("ptfix")``, or ``"raise"`` a `SequenceLengthError`.
+        max_length: the longest row there will be, in tokens. None: as ``args.max_length`` or ``args.max_seq_length``
+            (TRL) says; without these, what the rows show.
+        probes: where rows cross the model's native length or its rope was changed, compare a few forward passes:
+            training with evaluation mode, a row alone with one beside a long row, generation with and without cache.
+        probe_seconds: what the probes may cost; those that would cost more are left out, and it is said.
+
+    Raises:
+        ValueError: an argument that cannot be.
+    """
+
+    def __init__(
+        self,
+        on_problem: Literal["warn", "raise"] = "warn",
+        max_length: int | None = None,
+        probes: bool = True,
+        probe_seconds: float = 20.0,
+    ) -> None:
+        if on_problem not in ("warn", "raise"):
+            raise ValueError(f"on_problem is {on_problem!r}; it must be 'warn' or 'raise'.")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length is {max_length}; it must be at least 1, or None.")
+        self.on_problem, self.max_length, self.probes, self.probe_seconds = (
+            on_problem,
+            max_length,
+            probes,
+            probe_seconds,
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs.get("model")
+        config = getattr(model, "config", None)
+        if model is None or not hasattr(config, "to_dict") or getattr(config, "is_encoder_decoder", False):
+            return
+        model = check.unwrap(model)
+        try:
+            plan = self._plan(args, model, kwargs.get("train_dataloader"))
+            found = judgement.judge(plan)
+        except Exception as error:  # a config of a kind of its own; nobody shall believe that it was found good
+            self._warn(state, [f"the sequence length could not be checked: {type(error).__name__}: {error}"])
+            return
+        if found.errors:  # in every process, or the others would wait for this one
+            raise SequenceLengthError("; ".join(found.errors))
+        if not state.is_world_process_zero:
+            return
+        logger.info("sequence length: %s", plan.context.to_dict())
+        self._warn(state, [*found.warnings, *(self._probed(args, model, plan) if self.probes else [])])
+
+    def _plan(self, args: Any, model: Any, dataloader: Any) -> judgement.Plan:
+        live = context.read(model.config.to_dict())
+        said = getattr(args, "max_length", None) or getattr(args, "max_seq_length", None)
+        return judgement.Plan(
+            context=live,
+            own=_checkpoint(model),
+            rows=rows.look(getattr(dataloader, "dataset", None), getattr(dataloader, "collate_fn", None)),
+            virtual_tokens=_virtual_tokens(model),
+            max_length=self.max_length or (said if isinstance(said, int) else None),
+            max_length_is_promised=self.max_length is not None,
+            packed=getattr(args, "packing", None),
+        )
+
+    def _probed(self, args: Any, model: Any, plan: judgement.Plan) -> list[str]:
+        boundary, own_config, table = plan.context.boundary, None, plan.context.hard_limit
+        if boundary is not None and plan.longest + plan.virtual_tokens <= boundary:
+            boundary = None  # no row gets there
+        if boundary is not None and table is not None and boundary >= table.value:
+            boundary = None  # no row can get there
+        if plan.own is not None and plan.context.rope.differs_from(plan.own.rope):
+            own_config = _config_of(model)
+        if boundary is None and own_config is None:
+            return []
+        if _is_split(args, model):
+            logger.warning("the model is sharded, so its sequence length was judged by config and rows, without probes")
+            return []
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        ids = plan.rows.seen[0].ids if plan.rows is not None else ()
+        found = parity.probe(base, boundary, own_config, ids, self.probe_seconds)
+        for sentence in found.skipped:
+            logger.warning(sentence)
+        return found.problems
+
+    def _warn(self, state: Any, sentences: list[str]) -> None:
+        if not sentences or not state.is_world_process_zero:
+            return
+        if self.on_problem == "raise":
+            raise SequenceLengthError("; ".join(sentences))
+        for sentence in sentences:
+            logger.warning(sentence)
+
+
+def _is_split(args: Any, model: Any) -> bool:
+    """Does each process hold a part of the weights (FSDP, ZeRO-3), or are some of them not loaded?"""
+    if getattr(args, "fsdp", None):
+        return True
+    if any(hasattr(module, "_fsdp_wrapped_module") for module in model.modules()):
+        return True
+    # ZeRO-3, FSDP2, and weights that accelerate loads when they are needed.
+    return any(
+        hasattr(one, "ds_id") or hasattr(one, "device_mesh") or one.device.type == "meta" for one in model.parameters()
+    )
+
+
+def _virtual_tokens(model: Any) -> int:
+    return adapter.SoftPrompt(model).length if hasattr(model, "peft_config") and _prompted(model) else 0
+
+
+def _prompted(model: Any) -> bool:
+    return bool(getattr(adapter.active_config(model), "is_prompt_learning", False)) and adapter.has_soft_prompt(model)
+
+
+def _checkpoint(model: Any) -> context.Context | None:
+    """What the checkpoint's own config.json says, where it lies on this machine."""
+    folder = _folder(model)
+    return None if folder is None else context.read_folder(folder)
+
+
+def _config_of(model: Any) -> Any:
+    """The checkpoint's own config, as an object of the live one's class: no remote code is loaded for it."""
+    folder = _folder(model)
+    return None if folder is None else type(model.config).from_dict(context.load(folder / "config.json"))
+
+
+def _folder(model: Any) -> Path | None:
+    name = getattr(model.config, "_name_or_path", None)
+    folder = choosing.base_folder(name, getattr(model.config, "_commit_hash", None)) if name else None
+    return folder if folder is not None and (folder / "config.json").is_file() else None

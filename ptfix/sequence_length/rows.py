@@ -1,0 +1,153 @@
+"""What the training rows ask for: their lengths, and how many of them have nothing to learn from.
+
+Looked at from outside: by index, not through the dataloader, which would start its workers and move its sampler; and
+with every random state put back, since a data set or a collator may draw.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+#: The label of a token that is not trained on.
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training row as the model will be fed with it."""
+
+    length: int  #: the tokens that attend to each other: without padding, and of packed rows the longest
+    width: int  #: positions used, padding included
+    masked: bool  #: it has labels, and all of them are -100
+    ids: tuple[int, ...]  #: its first tokens
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows looked at, of `total` in the data set."""
+
+    seen: tuple[Row, ...]
+    total: int
+
+    @property
+    def complete(self) -> bool:
+        """Was every row looked at?"""
+        return len(self.seen) == self.total
+
+    @property
+    def longest(self) -> int:
+        return max(row.length for row in self.seen)
+
+    @property
+    def widest(self) -> int:
+        return max(row.width for row in self.seen)
+
+    def percentile(self, share: float) -> int:
+        """The length that a `share` of the rows does not exceed (nearest rank)."""
+        lengths = sorted(row.length for row in self.seen)
+        return lengths[max(0, math.ceil(share * len(lengths)) - 1)]
+
+    def beyond(self, limit: int) -> float:
+        """The share of rows that are longer."""
+        return sum(row.length > limit for row in self.seen) / len(self.seen)
+
+    def cut_at(self, max_length: int) -> float:
+        """The share of rows that end exactly at `max_length`: cut there, all but a few, or packed to that length."""
+        return sum(row.length == max_length for row in self.seen) / len(self.seen)
+
+    @property
+    def masked(self) -> float:
+        """The share of rows that nothing is trained on."""
+        return sum(row.masked for row in self.seen) / len(self.seen)
+
+
+def look(dataset: Any, collate: Any = None, seconds: float = 3.0, keep: int = 64) -> Rows | None:
+    """Look at rows evenly spread over a data set, at all of them if `seconds` suffice.
+
+    Args:
+        dataset: with a length and rows by index; of another kind, None is the answer: looking would use its rows up.
+        collate: what makes batches of rows; each row is collated alone. None, or one that cannot: the row itself.
+        seconds: when to stop.
+        keep: how many token ids of a row to remember.
+    """
+    try:
+        total = len(dataset)
+        with undisturbed_randomness():
+            first = _row(dataset[0], collate, keep) if total else None
+            if first is None:
+                return None
+            seen, deadline = [first], time.monotonic() + seconds
+            for index in _spread(total):
+                row = _row(dataset[index], collate, keep)
+                if row is not None:
+                    seen.append(row)
+                if time.monotonic() > deadline:
+                    break
+    except Exception:  # any class of data set is allowed: a stream, or one with rows of a kind of its own
+        return None
+    return Rows(tuple(seen), total)
+
+
+def _spread(total: int) -> Iterator[int]:
+    """Every index but 0, the first 256 spread over all of them: whoever stops early has seen each part."""
+    step = max(1, -(-total // 256))
+    for start in range(step):
+        yield from range(start or step, total, step)
+
+
+def _row(raw: Any, collate: Any, keep: int) -> Row | None:
+    """A row as the model sees it; None where it holds no token ids."""
+    if collate is not None:
+        try:
+            batch = collate([dict(raw)])
+            return _measured({name: _plain(batch[name][0]) for name in _KEYS if batch.get(name) is not None}, keep)
+        except Exception:  # some collators need a whole batch, or rows of a kind that only they know
+            pass
+    return _measured({name: _plain(raw[name]) for name in _KEYS if name in raw and raw[name] is not None}, keep)
+
+
+_KEYS = ("input_ids", "attention_mask", "labels", "position_ids")
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else list(value)
+
+
+def _measured(row: dict[str, Any], keep: int) -> Row | None:
+    ids = row.get("input_ids")
+    if not ids or not isinstance(ids[0], int):
+        return None
+    mask, labels, positions = row.get("attention_mask"), row.get("labels"), row.get("position_ids")
+    real = ids
+    if mask is not None and len(mask) == len(ids) and all(isinstance(one, int | bool) for one in mask):
+        real = [token for token, keeps in zip(ids, mask, strict=True) if keeps]
+    length, width = len(real), len(ids)
+    if positions is not None and len(positions) == len(ids) and all(isinstance(one, int) for one in positions):
+        length = min(length, max(positions) + 1)  # packed rows: positions start anew with each
+        width = max(positions) + 1
+    masked = labels is not None and all(label == IGNORED for label in labels)
+    return Row(length, width, masked, tuple(real[:keep]))
+
+
+@contextmanager
+def undisturbed_randomness() -> Iterator[None]:
+    """Every random state that training draws from is afterwards as before."""
+    import torch
+
+    numpy = sys.modules.get("numpy")
+    python, numbers = random.getstate(), numpy.random.get_state() if numpy is not None else None
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(numbers)
