@@ -283,7 +283,7 @@ def test_an_eos_after_a_question_is_not_repaired() -> None:
     [
         ("{% for %}", "line 1 is not valid Jinja"),
         ("{{ raise_exception('Never.') }}", "refuses the conversation: Never."),
-        ("{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3, "processor time"),
+        ("{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3, "it takes more than"),
         ("{{ cls_token + messages[0].content }}", "'cls_token' is undefined"),
     ],
 )

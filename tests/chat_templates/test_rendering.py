@@ -102,8 +102,9 @@ def test_what_is_not_json_becomes_a_word_for_its_type() -> None:
 
 
 HOSTILE = {
-    "endless loop": ("{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3, "processor time"),
-    "a number": ("{{ 9 ** (9 ** 9) }}", "processor time"),
+    # By its processor time, or on a busy machine by the clock.
+    "endless loop": ("{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3, "it takes more than"),
+    "a number": ("{{ 9 ** (9 ** 9) }}", "it takes more than"),
     "a long text": ("{{ 'a' * 10 ** 9 }}", "memory"),
     "a long output": ("{% for i in range(9999) %}{{ 'a' * 9999 }}{% endfor %}", "more than 1,000,000 characters"),
     "a huge range": ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
