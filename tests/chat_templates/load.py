@@ -16,7 +16,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import gguf
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessorMixin
@@ -38,6 +37,8 @@ class TextProcessor(ProcessorMixin):
 
 def load(folder: Path) -> dict[str, Any]:
     """What each reader of this environment gets from `folder`."""
+    import gguf  # here: others want this file's processor alone
+
     loaders = {
         "tokenizer": lambda: _usable(_tokenizer(folder)),
         "processor": lambda: getattr(
