@@ -60,7 +60,7 @@ def test_padding_is_no_text_and_packed_rows_are_many() -> None:
 @pytest.mark.parametrize(
     "dataset",
     [None, [], iter([1]), [1, 2], [{"text": "raw"}], [torch.zeros(3)], [("a", "b")], [{"input_ids": [[1, 2]]}]],
-    ids=str,
+    ids=["nothing", "empty", "stream", "numbers", "texts", "tensors", "tuples", "nested"],
 )
 def test_any_class_of_data_set_is_allowed(dataset: Any) -> None:
     assert rows.look(dataset) is None
