@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import TrainerCallback
 
-from ptfix.chat_templates import choosing, diagnosis, files, parity, readers, saving
+from ptfix.callbacks.problems import OnProblem, Problems
+from ptfix.chat_templates import choosing, files, parity, readers, saving
 
 logger = logging.getLogger("ptfix")
 
@@ -41,22 +42,20 @@ class ChatTemplateCallback(TrainerCallback):  # type: ignore[misc]  # the hosts 
         self,
         inference_template: str | Mapping[str, str] | None = None,
         base: str | Path | None = None,
-        on_problem: Literal["warn", "raise"] = "warn",
+        on_problem: OnProblem = "warn",
         repair_eos: bool = False,
         smoke_tokens: int = 0,
     ) -> None:
-        if on_problem not in ("warn", "raise"):
-            raise ValueError(f"on_problem is {on_problem!r}; it must be 'warn' or 'raise'.")
-        self.inference_template, self.base, self.on_problem = inference_template, base, on_problem
+        self._problems = Problems(on_problem, ChatTemplateError)
+        self.inference_template, self.base = inference_template, base
         self.repair_eos, self.smoke_tokens = repair_eos, smoke_tokens
         self._saver: Any = None
-        self._warned: set[str] = set()
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._register(kwargs)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._warned.clear()
+        self._problems.begin()
         self._register(kwargs)
         if self._saver is None:
             return
@@ -64,7 +63,7 @@ class ChatTemplateCallback(TrainerCallback):  # type: ignore[misc]  # the hosts 
         chosen = saving.choice(self._saver)
         if chosen.templates is None:
             if saving.training_template(self._saver) is not None:
-                self._problem(f"the chat template is saved as it is: {'; '.join(chosen.reasons)}")
+                self._problems.tell(f"the chat template is saved as it is: {'; '.join(chosen.reasons)}")
             return
         logger.info("checkpoints get the chat template of %s", chosen.source)
         if state.is_world_process_zero and kwargs.get("model") is not None:
@@ -107,7 +106,7 @@ class ChatTemplateCallback(TrainerCallback):  # type: ignore[misc]  # the hosts 
         try:
             changes = saving.write(folder, chosen.templates, self._saver)
         except (files.WriteError, files.ReadError) as error:
-            self._problem(f"the chat template of {folder} could not be checked: {error}")
+            self._problems.tell(f"the chat template of {folder} could not be checked: {error}")
             return
         if changes:
             names = ", ".join(str(change.path.relative_to(folder.resolve())) for change in changes)
@@ -125,20 +124,20 @@ class ChatTemplateCallback(TrainerCallback):  # type: ignore[misc]  # the hosts 
                 except ChatTemplateError:
                     raise
                 except Exception as error:  # nobody shall believe that the batch was found good
-                    self._problem(f"the first batch could not be checked: {type(error).__name__}: {error}")
+                    self._problems.tell(f"the first batch could not be checked: {type(error).__name__}: {error}")
 
         handle = model.register_forward_pre_hook(look, with_kwargs=True)
 
     def _judge(self, model: Any, template: str | None, batch: dict[str, Any]) -> None:
         tokens = saving.special_tokens(self._saver)
-        prompt = diagnosis.diagnose(template, tokens).generation_prompt if template is not None else None
+        prompt = choosing.judge(template, tokens).generation_prompt if template is not None else None
         tokenizer = saving.tokenizer_of(self._saver)
         config = getattr(model, "generation_config", None)
         stops = _as_list(getattr(config, "eos_token_id", None)) or _as_list(tokenizer.eos_token_id)
         found = [parity.judge(*row, tokenizer, prompt, stops) for row in _rows(batch)]
         if all(each.problems for each in found):  # a row that is cut, or packed, may be odd where the run is right
             for problem in found[0].problems:
-                self._problem(problem)
+                self._problems.tell(problem)
         ends = {each.end_of_turn for each in found if each.end_of_turn is not None} - set(stops)
         if self.repair_eos and config is not None and ends:
             config.eos_token_id = [*stops, *sorted(ends)]
@@ -171,14 +170,9 @@ class ChatTemplateCallback(TrainerCallback):  # type: ignore[misc]  # the hosts 
             model.train(was_training)
         answer = out[0, ids.shape[1] :].tolist()
         if not tokenizer.decode(answer, skip_special_tokens=True).strip():
-            self._problem(f"asked {question[0]['content']!r}, the model answers nothing: {tokenizer.decode(answer)!r}")
-
-    def _problem(self, sentence: str) -> None:
-        if self.on_problem == "raise":
-            raise ChatTemplateError(sentence)
-        if sentence not in self._warned:
-            self._warned.add(sentence)
-            logger.warning(sentence)
+            self._problems.tell(
+                f"asked {question[0]['content']!r}, the model answers nothing: {tokenizer.decode(answer)!r}"
+            )
 
 
 def _rows(batch: dict[str, Any]) -> list[tuple[list[int], list[int]]]:

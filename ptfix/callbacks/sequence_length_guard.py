@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import TrainerCallback
 
+from ptfix.callbacks.problems import OnProblem, Problems
+from ptfix.callbacks.soft_prompt import is_sharded
 from ptfix.chat_templates import choosing
 from ptfix.sequence_length import context, judgement, parity, rows
 from ptfix.soft_prompts import adapter, check
@@ -39,23 +41,18 @@ class SequenceLengthGuardCallback(TrainerCallback):  # type: ignore[misc]  # the
 
     def __init__(
         self,
-        on_problem: Literal["warn", "raise"] = "warn",
+        on_problem: OnProblem = "warn",
         max_length: int | None = None,
         probes: bool = True,
         probe_seconds: float = 20.0,
     ) -> None:
-        if on_problem not in ("warn", "raise"):
-            raise ValueError(f"on_problem is {on_problem!r}; it must be 'warn' or 'raise'.")
+        self._problems = Problems(on_problem, SequenceLengthError)
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length is {max_length}; it must be at least 1, or None.")
-        self.on_problem, self.max_length, self.probes, self.probe_seconds = (
-            on_problem,
-            max_length,
-            probes,
-            probe_seconds,
-        )
+        self.max_length, self.probes, self.probe_seconds = max_length, probes, probe_seconds
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._problems.begin()
         model = kwargs.get("model")
         config = getattr(model, "config", None)
         if model is None or not hasattr(config, "to_dict") or getattr(config, "is_encoder_decoder", False):
@@ -108,24 +105,16 @@ class SequenceLengthGuardCallback(TrainerCallback):  # type: ignore[misc]  # the
         return found.problems
 
     def _warn(self, state: Any, sentences: list[str]) -> None:
-        if not sentences or not state.is_world_process_zero:
-            return
-        if self.on_problem == "raise":
-            raise SequenceLengthError("; ".join(sentences))
-        for sentence in sentences:
-            logger.warning(sentence)
+        if state.is_world_process_zero:
+            self._problems.tell(*sentences)
 
 
 def _is_split(args: Any, model: Any) -> bool:
     """Does each process hold a part of the weights (FSDP, ZeRO-3), or are some of them not loaded?"""
-    if getattr(args, "fsdp", None):
+    if is_sharded(args, model) or any(hasattr(module, "_fsdp_wrapped_module") for module in model.modules()):
         return True
-    if any(hasattr(module, "_fsdp_wrapped_module") for module in model.modules()):
-        return True
-    # ZeRO-3, FSDP2, and weights that accelerate loads when they are needed.
-    return any(
-        hasattr(one, "ds_id") or hasattr(one, "device_mesh") or one.device.type == "meta" for one in model.parameters()
-    )
+    # FSDP2, and weights that accelerate loads when they are needed.
+    return any(hasattr(one, "device_mesh") or one.device.type == "meta" for one in model.parameters())
 
 
 def _virtual_tokens(model: Any) -> int:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from transformers import TrainerCallback
 
-logger = logging.getLogger("ptfix")
+from ptfix.callbacks.problems import OnProblem, Problems
 
 #: Enough text to be typical, little enough to cost nothing.
 _ROW_LENGTH = 32
@@ -33,18 +32,16 @@ class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]  # the hosts ar
 
     def __init__(
         self,
-        on_problem: Literal["warn", "raise"] = "warn",
+        on_problem: OnProblem = "warn",
         every_save: bool = False,
         new_tokens: int = 4,
         rows: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        if on_problem not in ("warn", "raise"):
-            raise ValueError(f"on_problem is {on_problem!r}; it must be 'warn' or 'raise'.")
-        self.on_problem, self.every_save, self.new_tokens, self.rows = on_problem, every_save, new_tokens, rows
-        self._warned: set[str] = set()
+        self._problems = Problems(on_problem, SoftPromptError)
+        self.every_save, self.new_tokens, self.rows = every_save, new_tokens, rows
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._warned.clear()
+        self._problems.begin()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.every_save:
@@ -60,17 +57,12 @@ class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]  # the hosts ar
         try:
             problem = self._problem(model, given.get("train_dataloader"))
         except Exception as error:
-            if self.on_problem == "raise":
+            if self._problems.raises:
                 raise
             # The training is done and must not be lost; but nobody shall believe that the prompt was found good.
             problem = f"the soft prompt could not be checked: {type(error).__name__}: {error}"
-        if problem is None:
-            return
-        if self.on_problem == "raise":
-            raise SoftPromptError(problem)
-        if problem not in self._warned:
-            self._warned.add(problem)
-            logger.warning(problem)
+        if problem is not None:
+            self._problems.tell(problem)
 
     def _problem(self, model: Any, dataloader: Any) -> str | None:
         import torch

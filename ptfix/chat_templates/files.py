@@ -39,6 +39,7 @@ from ptfix.chat_templates.readers import (
     parsed,
     read_bytes,
 )
+from ptfix.chat_templates.texts import unix_lines
 
 __all__ = [
     "READERS",
@@ -266,7 +267,7 @@ def _checked(templates: Templates) -> dict[str, str]:
             )
         if not text.strip():
             raise WriteError(f"the template {name!r} is empty: every conversation would render to nothing")
-        found[name] = text.replace("\r\n", "\n").replace("\r", "\n")
+        found[name] = unix_lines(text)
         try:
             size = len(found[name].encode())
         except UnicodeEncodeError as error:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from ptfix.chat_templates.texts import unix_lines
+
 _OPEN = re.compile(r"\{#|\{%|\{\{")
 _CLOSE_COMMENT = re.compile(r"([-+]?)#\}")
 _CLOSE_RAW = re.compile(r"\{%[-+]?\s*endraw\s*([-+]?)%\}")
@@ -77,7 +79,7 @@ def _without_line(text: str, following: str) -> str | None:
 
 def trim(text: str, previous: Tag | None, following: Tag | None) -> str:
     """What Jinja keeps of the text between two tags with trim_blocks and lstrip_blocks (None: start and end)."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = unix_lines(text)
     if following is None:
         text = text.removesuffix("\n")
     line_starts = previous is None

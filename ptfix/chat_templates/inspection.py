@@ -158,7 +158,7 @@ def read_template(path: Path) -> str:
 def misread(folder: Path, templates: Templates) -> list[str]:
     """The readers that do not get the default template of `templates` from the folder, though they could."""
     place = Folder(folder)
-    wanted = (templates.default or "").replace("\r\n", "\n").replace("\r", "\n")
+    wanted = texts.unix_lines(templates.default or "")
     loaded = [_loaded(reader, place) for reader in READERS if reader.reads(place)]
     homeless = files.out_of_reach(templates)
     return [one.reader for one in loaded if one.reader not in homeless and (one.templates.default or "") != wanted]

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ptfix.chat_templates.texts import unix_lines
+
 TOKENIZER_CONFIG = "tokenizer_config.json"
 JINJA = "chat_template.jinja"
 ADDITIONAL = "additional_chat_templates"
@@ -115,7 +117,7 @@ class Folder:
         if data is None:
             return None
         # Every reader opens these as text, where Python turns each kind of line end into \n.
-        return decoded(data, self.path / name).replace("\r\n", "\n").replace("\r", "\n")
+        return unix_lines(decoded(data, self.path / name))
 
     def _json(self, name: str) -> dict[str, Any] | None:
         data = read_bytes(self.path / name, JSON_LIMIT)

@@ -10,6 +10,11 @@ from collections.abc import Iterable, Sequence
 _UNIT = re.compile(r"<[^<>\s]{1,80}>|\[[^\[\]\s]{1,40}\]|\w+|.", re.DOTALL)
 
 
+def unix_lines(text: str) -> str:
+    """The text with ``\\n`` at the end of its lines, as every reader that opens a file as text has it."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def units(text: str) -> list[str]:
     """The text in pieces that stay whole in any comparison: tags, words, and single characters."""
     return _UNIT.findall(text)

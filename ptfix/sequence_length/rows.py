@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-#: The label of a token that is not trained on.
+#: The label of a token that is not trained on, as every loss of transformers reads it.
 IGNORED = -100
 
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from ptfix.sequence_length.rows import IGNORED
+
 if TYPE_CHECKING:
     import torch
 
 Mode = Literal["order", "truncate", "segment"]
 MODES: tuple[str, ...] = get_args(Mode)
-
-#: Positions without a label, as every loss of transformers reads them.
-IGNORED = -100
 
 #: Names (or their beginnings) that say: a row's tokens belong to something that would not be cut with them.
 _UNCUTTABLE = {

@@ -1,0 +1,38 @@
+"""What a callback does with a problem: a warning, once in a run, or an error where it was asked for."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal, TypeAlias
+
+logger = logging.getLogger("ptfix")
+
+OnProblem: TypeAlias = Literal["warn", "raise"]
+
+
+class Problems:
+    """Told through ``logging.getLogger("ptfix")``, or raised as `error`.
+
+    Raises:
+        ValueError: `on_problem` is neither ``"warn"`` nor ``"raise"``.
+    """
+
+    def __init__(self, on_problem: OnProblem, error: type[RuntimeError]) -> None:
+        if on_problem not in ("warn", "raise"):
+            raise ValueError(f"on_problem is {on_problem!r}; it must be 'warn' or 'raise'.")
+        self.error = error
+        self.raises = on_problem == "raise"
+        self._told: set[str] = set()
+
+    def begin(self) -> None:
+        """A new run: what was told may be told again."""
+        self._told.clear()
+
+    def tell(self, *sentences: str) -> None:
+        """All of them, each in a warning of its own, or in one error."""
+        if self.raises and sentences:
+            raise self.error("; ".join(sentences))
+        for sentence in sentences:
+            if sentence not in self._told:
+                self._told.add(sentence)
+                logger.warning(sentence)
