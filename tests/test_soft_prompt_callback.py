@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 import ptfix
 from ptfix.callbacks.soft_prompt import SoftPromptCallback, SoftPromptError
 from ptfix.soft_prompts import check, reference
 from tests.matrix.models import VOCAB, base_model, wrap
+from tests.runs import arguments as arguments_of
 
 ROWS = [{"input_ids": [5, 9, 23, 40, 17, 8], "labels": [5, 9, 23, 40, 17, 8]} for _ in range(4)]
 
@@ -57,14 +58,9 @@ def powerless(model: Any) -> Any:
 
 def train(model: Any, folder: Path, callbacks: list[Any], rows: list[Any] = ROWS, **arguments: Any) -> Trainer:
     defaults: dict[str, Any] = {"max_steps": 2, "save_steps": 100, "learning_rate": 1e-3}
-    args = TrainingArguments(
-        output_dir=str(folder),
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=0,
+    args = arguments_of(
+        folder,
         remove_unused_columns=False,
-        dataloader_pin_memory=False,
         **{**defaults, **arguments},
     )
     trainer = Trainer(model=model, args=args, train_dataset=rows, callbacks=callbacks)

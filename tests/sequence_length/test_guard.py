@@ -10,10 +10,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 import ptfix
 from ptfix.callbacks.sequence_length_guard import SequenceLengthError, SequenceLengthGuardCallback
+from tests.runs import arguments as arguments_of
 from tests.sequence_length.doubles import HARD_LIMIT, HARD_TABLES, HEADS, NATIVE, VOCAB, llama, qwen_v1, with_table
 
 VIRTUAL = 8
@@ -26,15 +27,10 @@ def row(length: int, masked: bool = False) -> dict[str, list[int]]:
 
 def trainer(model: Any, rows: list[Any], folder: Path, *callbacks: Any, **arguments: Any) -> Trainer:
     options: dict[str, Any] = {"max_steps": 1, "per_device_train_batch_size": 1, "learning_rate": 1e-3, **arguments}
-    args = TrainingArguments(
-        output_dir=str(folder),
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=0,
+    args = arguments_of(
+        folder,
         save_strategy="no",
         remove_unused_columns=False,
-        dataloader_pin_memory=False,
         **options,
     )
     return Trainer(model=model, args=args, train_dataset=rows, callbacks=list(callbacks))

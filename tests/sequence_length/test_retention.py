@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 import ptfix
 from ptfix.callbacks.instruction_retention import ANSWERS, InstructionRetentionCallback
 from ptfix.sequence_length import retention
 from tests.matrix.models import VOCAB, base_model, wrap
+from tests.runs import arguments as arguments_of
 
 PROMPTS = [[5, 9, 23], [40, 17, 8, 3, 21, 33], [7, 7]]
 KEYS = {"retention_kl", "retention_agreement", "retention_nll"}
@@ -37,14 +38,9 @@ def moved(model: Any, by: float) -> Any:
 
 def train(folder: Path, model: Any, callbacks: list[Any], resume: Any = None, **arguments: Any) -> Any:
     defaults: dict[str, Any] = {"max_steps": 4, "save_steps": 100, "learning_rate": 1e-2, "logging_steps": 1}
-    args = TrainingArguments(
-        output_dir=str(folder),
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=0,
+    args = arguments_of(
+        folder,
         remove_unused_columns=False,
-        dataloader_pin_memory=False,
         **{**defaults, **arguments},
     )
     rows = torch.randint(2, VOCAB, (16, 10), generator=torch.Generator().manual_seed(0)).tolist()

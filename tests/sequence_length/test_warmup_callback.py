@@ -20,6 +20,7 @@ import ptfix
 from ptfix.callbacks.sequence_length_warmup import SequenceLengthWarmupCallback
 from ptfix.sequence_length import schedule, warmup
 from tests.matrix.models import VOCAB, base_model
+from tests.runs import arguments as arguments_of
 
 LENGTH, STEPS, ROWS_PER_BATCH = 40, 6, 2
 SCHEDULE = schedule.linear(8, LENGTH, 4)
@@ -91,14 +92,9 @@ def train(
     **arguments: Any,
 ) -> tuple[Any, Seen]:
     defaults: dict[str, Any] = {"max_steps": STEPS, "save_steps": 100, "logging_steps": 1, "learning_rate": 1e-2}
-    args = TrainingArguments(
-        output_dir=str(folder),
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=0,
+    args = arguments_of(
+        folder,
         per_device_train_batch_size=ROWS_PER_BATCH,
-        dataloader_pin_memory=False,
         **{**defaults, **arguments},
     )
     seen = Seen()
