@@ -40,7 +40,7 @@ class Edit:
     target: str  #: "package.module:Class.method" or "package.module:function"
     wrap: Callable[
         [Function], Function
-    ]  #: the plain function (inside a classmethod or staticmethod) -> its replacement
+    ]  #: the plain function (inside a classmethod or staticmethod; a property's getter) -> its replacement
     parameters: tuple[str, ...] = ()  #: names the original must take; if one is gone, the host has drifted
     optional: bool = False  #: skip this edit where the target does not exist, instead of calling it drift
 
@@ -286,10 +286,13 @@ def _find(owner: Any, name: str) -> Any:
 
 def _function(raw: Any) -> Function:
     """The plain function in `raw`. Raises _Drift for anything a transparent switch cannot stand in for."""
-    function = raw.__func__ if isinstance(raw, (classmethod, staticmethod)) else raw
+    function: Any = raw.fget if isinstance(raw, property) else raw
+    if isinstance(raw, (classmethod, staticmethod)):
+        function = raw.__func__
     if not inspect.isfunction(function):
         raise _Drift(
-            f"is a {type(function).__name__}; only functions, methods, classmethods and staticmethods can be edited"
+            f"is a {type(function).__name__}; only functions, methods, classmethods, staticmethods and getters can be "
+            "edited"
         )
     if (
         inspect.iscoroutinefunction(function)
@@ -309,6 +312,8 @@ def _switched(raw: Any, wrap: Callable[[Function], Function], switch: _Switch) -
     def switched(*args: Any, **kwargs: Any) -> Any:
         return (replacement if switch.on else original)(*args, **kwargs)
 
+    if isinstance(raw, property):
+        return raw.getter(switched)
     return type(raw)(switched) if isinstance(raw, (classmethod, staticmethod)) else switched
 
 

@@ -88,10 +88,8 @@ class Run:
     checkpoint: Path
 
 
-@pytest.fixture(scope="module")
-def run(pretrained: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Train as the tutorial does."""
-    output = tmp_path_factory.mktemp("output")
+def tutorial(pretrained: str, output: Path) -> Trainer:
+    """The tutorial's lines up to train()."""
     tokenizer = AutoTokenizer.from_pretrained(pretrained)
     config = PromptTuningConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -102,7 +100,6 @@ def run(pretrained: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
         tokenizer_kwargs={"padding_side": "left"},
     )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(pretrained), config)
-    initial_prompt = model.get_prompt_embedding_to_save("default").clone()
 
     rows = []
     for review, verdict in REVIEWS.items():
@@ -110,7 +107,7 @@ def run(pretrained: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
         answer = [*tokenizer(verdict)["input_ids"], tokenizer.eos_token_id]
         rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
 
-    trainer = Trainer(
+    return Trainer(
         model=model,
         args=TrainingArguments(
             output_dir=str(output),
@@ -126,8 +123,16 @@ def run(pretrained: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
         tokenizer=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100),
     )
+
+
+@pytest.fixture(scope="module")
+def run(pretrained: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Train as the tutorial does."""
+    output = tmp_path_factory.mktemp("output")
+    trainer = tutorial(pretrained, output)
+    initial_prompt = trainer.model.get_prompt_embedding_to_save("default").clone()
     trainer.train()
-    return Run(model, trainer, initial_prompt, output / "checkpoint-20")
+    return Run(trainer.model, trainer, initial_prompt, output / "checkpoint-20")
 
 
 def test_text_init_starts_from_the_embeddings_of_the_text(run: Run, pretrained: str) -> None:
@@ -150,6 +155,18 @@ def test_the_trainer_keeps_and_saves_the_tokenizer(run: Run, pretrained: str) ->
     assert (
         saved.get_vocab() == run.trainer.tokenizer.get_vocab() == AutoTokenizer.from_pretrained(pretrained).get_vocab()
     )
+
+
+def test_a_resumed_run_ends_where_the_whole_run_ended(
+    run: Run, pretrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # torch 2.6 refuses the random states that transformers saved before 4.47
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    trainer = tutorial(pretrained, tmp_path)
+    trainer.train(resume_from_checkpoint=str(run.checkpoint.with_name("checkpoint-10")))
+    assert trainer.state.global_step == 20
+    resumed, whole = (each.get_prompt_embedding_to_save("default") for each in (trainer.model, run.model))
+    assert torch.equal(resumed, whole)
 
 
 def test_the_reloaded_checkpoint_generates_what_was_trained(run: Run, pretrained: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ptfix.fixes import (
+    active_adapters,
     chat_template_saving,
     left_padded_forward,
     prefix_forward,
@@ -17,6 +18,7 @@ ALL: tuple[Fix, ...] = (
     prefix_forward.FIX,
     left_padded_forward.FIX,
     soft_prompt_generate.FIX,
+    active_adapters.FIX,
     trainer_tokenizer.FIX,
     chat_template_saving.FIX,
 )
