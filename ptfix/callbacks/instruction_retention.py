@@ -31,8 +31,8 @@ class InstructionRetentionCallback(TrainerCallback):  # type: ignore[misc]  # th
     proof: a change that training is meant to make moves the numbers too.
 
     The base is the model with its adapter disabled; without an adapter, the model as training begins, whose answers are
-    kept in the output directory for a resumed run. A comparison costs one forward pass of a few short rows; the answers
-    cost one for each of their tokens, once.
+    kept in the output directory for a resumed run. It costs a short generation for each instruction, once, and a
+    forward pass of a few short rows for each comparison.
 
     Args:
         instructions: texts, asked as the chat template asks, or rows of token ids. None: a few that ptfix brings.

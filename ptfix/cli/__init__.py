@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import ptfix
 
-_COMMANDS = ("demo", "doctor", "verify", "check", "repair", "bench")
+_COMMANDS = ("demo", "doctor", "verify", "check", "repair", "bench", "report")
 
 
 class UsageError(Exception):

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ptfix import whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,18 @@ INSTRUCTIONS: tuple[str, ...] = (
     "Correct the spelling: I recieved teh letter yesterday.",
     "Reply with the word READY and nothing else.",
 )
+
+
+#: generate()'s plain greedy search, whatever a model's generation config says.
+_GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -56,27 +68,37 @@ def remember(
 ) -> list[Memory]:
     """What a model answers now, greedily, in at most `new_tokens` tokens each, up to and with one of `stops`.
 
-    Its own forward passes, not generate(): that has settings of its own, and a soft prompt may get lost in it.
+    For the base itself: a soft prompt in force would be lost on some hosts.
     """
     import torch
 
-    rows = [list(prompt) for prompt in prompts]
-    growing = set(range(len(rows)))
     with quiet(model):
-        for _ in range(new_tokens):
-            grow = sorted(growing)
-            for number, scores in zip(grow, _scores(model, [rows[number] for number in grow]), strict=True):
-                rows[number].append(int(scores[-1].argmax()))
-                if rows[number][-1] in stops:
-                    growing.discard(number)
-            if not growing:
-                break
+        rows = [[*prompt, *_answer(model, prompt, new_tokens, stops)] for prompt in prompts]
         memories = []
         for prompt, row, scores in zip(prompts, rows, _scores(model, rows), strict=True):
-            # With the scores of this pass, not of those above: then an unchanged model compares as exactly equal.
+            # With the scores of this pass, as later comparisons make them: an unchanged model is then exactly equal.
             found = torch.log_softmax(scores[len(prompt) - 1 : -1].double(), dim=-1).topk(min(top, scores.shape[-1]))
             memories.append(Memory(list(prompt), row[len(prompt) :], found.indices.tolist(), found.values.tolist()))
     return memories
+
+
+def _answer(model: Any, prompt: Sequence[int], new_tokens: int, stops: Sequence[int]) -> list[int]:
+    """The greedy answer to one prompt: alone, so that nothing depends on padding, and with a KV cache."""
+    import torch
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    ids = torch.tensor([prompt], device=model.get_input_embeddings().weight.device)
+    # By keyword, because a model's own generation config would win over the defaults of another one.
+    out = base.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        eos_token_id=list(stops) or None,
+        pad_token_id=0,
+        use_cache=True,
+        **_GREEDY,
+    )
+    return [int(token) for token in out[0, len(prompt) :]]
 
 
 def compare(model: Any, memories: Sequence[Memory]) -> Kept:
@@ -147,15 +169,7 @@ def quiet(model: Any) -> Iterator[None]:
 
 def save(memories: Sequence[Memory], path: Path) -> None:
     """Write the memories, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump([asdict(memory) for memory in memories], file)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    whole_file.write(path, json.dumps([asdict(memory) for memory in memories]).encode())
 
 
 def load(path: Path) -> list[Memory]:

@@ -116,6 +116,16 @@ def test_an_answer_ends_with_its_stop() -> None:
     assert len(short.tokens) == len(short.answer)
 
 
+def test_answers_are_greedy_whatever_the_generation_config_says() -> None:
+    plain = retention.remember(base_model("llama"), PROMPTS, 6, 8)
+    model = base_model("llama")
+    odd = {"do_sample": True, "temperature": 5.0, "repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "num_beams": 3}
+    for name, value in odd.items():
+        setattr(model.generation_config, name, value)
+    model.config.use_cache = False
+    assert retention.remember(model, PROMPTS, 6, 8) == plain
+
+
 def test_memories_come_back_from_disk_as_they_were(tmp_path: Path) -> None:
     memories = retention.remember(base_model("llama"), PROMPTS, 3, 4)
     retention.save(memories, tmp_path / "new" / ANSWERS)
