@@ -89,6 +89,7 @@ def train(
     resume: str | None = None,
     model: Any = None,
     trainer_class: Any = InOrder,
+    collator: Any = collate,
     **arguments: Any,
 ) -> tuple[Any, Seen]:
     defaults: dict[str, Any] = {"max_steps": STEPS, "save_steps": 100, "logging_steps": 1, "learning_rate": 1e-2}
@@ -102,7 +103,7 @@ def train(
         model=model or base_model("llama"),
         args=args,
         train_dataset=rows,
-        data_collator=collate,
+        data_collator=collator,
         callbacks=[seen, *callbacks],
     )
     trainer.train(resume_from_checkpoint=resume)
@@ -156,15 +157,47 @@ def test_truncate_equals_rows_cut_by_hand_also_after_a_resume(
     assert_same(resumed, truth)
 
 
+class CutIntoPieces:
+    """A collator that cuts each row by hand into pieces; of a stock Trainer without workers, so that it can count."""
+
+    def __init__(self, accumulation: int) -> None:
+        self.accumulation, self.calls = accumulation, 0
+
+    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        length = [8, 16, 24, 32, 40, 40][self.calls // self.accumulation]
+        self.calls += 1
+        starts = range(0, LENGTH, length)
+        return collate([{name: row[name][at : at + length] for name in row} for row in rows for at in starts])
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_segment_trains_on_all_tokens_in_rows_of_the_scheduled_length(workers: int, tmp_path: Path) -> None:
-    rows = make_rows(ROWS_PER_BATCH * STEPS)
-    callback = SequenceLengthWarmupCallback(SCHEDULE, "segment")
-    trainer, seen = train(tmp_path, rows, [callback], dataloader_num_workers=workers)
+def test_segment_equals_pieces_cut_by_hand_also_after_a_resume(
+    workers: int, accumulation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    rows = uneven(ROWS_PER_BATCH * accumulation * STEPS)
+    setting = {"gradient_accumulation_steps": accumulation}
+    truth, _ = train(tmp_path / "truth", rows, [], collator=CutIntoPieces(accumulation), **setting)
+    setting["dataloader_num_workers"] = workers
+
+    def warming() -> list[Any]:
+        return [SequenceLengthWarmupCallback(SCHEDULE, "segment")]
+
+    whole, seen = train(tmp_path / "whole", rows, warming(), save_steps=3, **setting)
     pieces = {8: 5, 16: 3, 24: 2, 32: 2, 40: 1}
-    lengths = [8, 16, 24, 32, 40, 40]
-    assert seen.fed == {step: [(ROWS_PER_BATCH * pieces[length], length)] for step, length in enumerate(lengths)}
-    assert trainer.state.log_history[STEPS - 1]["sequence_length_tokens"] == LENGTH * ROWS_PER_BATCH * STEPS
+    assert seen.fed == {
+        step: [(ROWS_PER_BATCH * pieces[length], length)] * accumulation
+        for step, length in enumerate([8, 16, 24, 32, 40, 40])
+    }
+    tokens = LENGTH * ROWS_PER_BATCH * STEPS * accumulation
+    assert whole.state.log_history[STEPS - 1]["sequence_length_tokens"] == tokens
+    assert_same(whole, truth)
+
+    resumed, _ = train(
+        tmp_path / "resumed", rows, warming(), resume=str(tmp_path / "whole" / "checkpoint-3"), **setting
+    )
+    assert_same(resumed, truth)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -218,10 +251,11 @@ def test_lora(tmp_path: Path) -> None:
     assert_same(whole, truth)
 
 
-def test_two_ranks_have_equal_lengths_and_the_weights_of_rows_cut_by_hand(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["truncate", "segment"])
+def test_two_ranks_have_equal_lengths_and_the_weights_of_rows_cut_by_hand(mode: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     ran = subprocess.run(
-        [*command, "-m", "tests.sequence_length.ranks", str(tmp_path)],
+        [*command, "-m", "tests.sequence_length.ranks", mode, str(tmp_path)],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -230,7 +264,9 @@ def test_two_ranks_have_equal_lengths_and_the_weights_of_rows_cut_by_hand(tmp_pa
     assert ran.returncode == 0, ran.stderr[-2000:]
     zero, one = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(2))
     lengths = [8, 16, 24, 32, 40, 40]
-    assert zero["fed"] == one["fed"] == {step: [(ROWS_PER_BATCH, length)] * 2 for step, length in enumerate(lengths)}
+    pieces = {8: 5, 16: 3, 24: 2, 32: 2, 40: 1} if mode == "segment" else dict.fromkeys(lengths, 1)
+    assert zero["fed"] == one["fed"]
+    assert zero["fed"] == {step: [(ROWS_PER_BATCH * pieces[length], length)] * 2 for step, length in enumerate(lengths)}
     for name, value in zero["whole"].items():
         for other in (zero["truth"], one["whole"], one["truth"]):
             assert torch.equal(value, other[name]), name
