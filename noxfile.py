@@ -4,6 +4,7 @@ nox -s "matrix(transformers='4.44.2', peft='0.11.1')"   # one pair
 nox -s matrix-all -- --jobs 2                           # all that are not measured yet; --fresh: all
 nox -s matrix-quick                                     # a few pairs, the central modes, nothing written
 nox -s chat-templates                                   # what each release saves, every other loads
+nox -s sequence-length                                  # guard, warmup and retention where the Trainer's hooks differ
 """
 
 from __future__ import annotations
@@ -47,6 +48,16 @@ SAVERS = [
     ("5.23.0", "0.21.2"),
 ]
 SAVING = ("tests/chat_templates/test_saving.py", "tests/chat_templates/test_parity.py")
+
+#: on both sides of each change in how a Trainer takes its batches
+TRAINERS = [
+    ("4.36.2", "0.7.1"),
+    ("4.46.3", "0.13.2"),
+    ("4.51.3", "0.15.2"),
+    ("4.57.6", "0.17.1"),
+    ("5.0.0", "0.18.1"),
+    ("5.23.0", "0.21.2"),
+]
 INTERPRETERS = Path(__file__).with_name(".nox") / "interpreters"
 
 for ours, theirs in (("UV_FIND_LINKS", "PIP_FIND_LINKS"), ("SSL_CERT_FILE", "PIP_CERT")):
@@ -119,6 +130,15 @@ def chat_templates(session: nox.Session) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         session.run(sys.executable, "-m", "tests.chat_templates.releases", *pythons)
         session.run(sys.executable, "-m", "tests.chat_templates.across", "all", scratch, *pythons)
+
+
+@nox.session(name="sequence-length")
+@nox.parametrize("transformers,peft", TRAINERS)
+def sequence_length(session: nox.Session, transformers: str, peft: str) -> None:
+    """Real training runs with the callbacks that watch and change the length of rows."""
+    _environment(session, transformers, peft)
+    session.install("hypothesis")
+    session.run("pytest", "-q", "tests/sequence_length", "tests/test_report.py", *session.posargs)
 
 
 def _cell(transformers: str, peft: str) -> dict[str, object]:

@@ -103,6 +103,8 @@ def test_the_state_that_went_furthest_is_read(tmp_path: Path, capsys: pytest.Cap
 def test_a_loss_that_is_no_number_is_a_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": float("nan")}]
     (tmp_path / report.STATE).write_text(json.dumps({"global_step": 2, "log_history": log}), encoding="utf-8")
+    assert main(["report", str(tmp_path), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)[tmp_path.name]["loss"] == [[1, 2], [2.0, None]]
     pytest.importorskip("matplotlib", reason="pip install 'ptfix[plot]'")
     assert main(["report", str(tmp_path)]) == 1
     assert "nan" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,25 +51,25 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--picture", type=Path, metavar="FILE", help=f"default: {PICTURE} in the first RUN_DIR; .svg, .png or .pdf"
     )
-    parser.add_argument("--json", action="store_true", help="print the series as one JSON object; no picture")
+    parser.add_argument(
+        "--json", action="store_true", help="print the series as one JSON object; a picture only where --picture asks"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table and draw; 1 where a loss or a KL is no number at the end, else 0."""
+    picture = args.picture or args.runs[0] / PICTURE
+    if (args.picture or not args.json) and (problem := pictures.problem(picture)):
+        raise UsageError(problem)
     names = _names(args.runs)
     runs = {name: series(_log(folder)) for name, folder in zip(names, args.runs, strict=True)}
-    if args.json:
-        print(json.dumps(runs))
-    else:
-        picture = args.picture or args.runs[0] / PICTURE
-        if problem := pictures.problem(picture):
-            raise UsageError(problem)
-        print(_text(runs))
+    print(json.dumps(_plain(runs)) if args.json else _text(runs))
+    if args.picture or not args.json:
         try:
             pictures.draw(panels(runs), picture, "optimizer step", names[0] if len(names) == 1 else "")
         except OSError as error:
             raise UsageError(f"cannot write {picture}: {error.strerror or error}") from error
-        print(f"drawn: {picture}")
+        print(f"drawn: {picture}", file=sys.stderr)
     broken = any(not math.isfinite(values[-1]) for found in runs.values() for _, values in found.values())
     return 1 if broken else 0
 
@@ -133,6 +134,17 @@ def _names(folders: Sequence[Path]) -> list[str]:
     """The folders' names, or all of their paths where names are the same."""
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
+def _plain(runs: Mapping[str, Mapping[str, Series]]) -> dict[str, Any]:
+    """As JSON has it, which knows no NaN."""
+    return {
+        name: {
+            label: [steps, [value if math.isfinite(value) else None for value in values]]
+            for label, (steps, values) in found.items()
+        }
+        for name, found in runs.items()
+    }
 
 
 def _text(runs: Mapping[str, Mapping[str, Series]]) -> str:
