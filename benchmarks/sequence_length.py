@@ -254,7 +254,7 @@ def table(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"InstructionRetentionCallback, processor time: {remember:.1f} s at the start, {compare:.1f} s a comparison;",
-        f"a step with one row of {LENGTH} tokens takes {step:.1f} s. With a comparison every 500 steps (the Trainer's own",
+        f"a step with one row of {LENGTH} tokens takes {step:.1f} s. With a comparison every 500 steps (Trainer's own",
         f"interval) that is {(remember + 2 * compare) / (500 * step):.2%} of the first 500 steps.",
     ]
     return "\n".join(lines)
