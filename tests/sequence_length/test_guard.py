@@ -254,6 +254,42 @@ def test_packed_rows_count_from_where_their_positions_start(tmp_path: Path, capl
     assert warned(caplog) == []
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_trl(packing: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """SFTTrainer checks no context: it cuts to args.max_length, and packs texts of which each is short enough."""
+    trl = pytest.importorskip("trl", reason="pip install trl datasets brings SFTTrainer")
+    datasets = pytest.importorskip("datasets", reason="pip install trl datasets brings SFTTrainer")
+    from tests.chat_templates.stories import tokenizer
+
+    def sft(model: Any, rows: list[Any], max_length: int) -> Any:
+        args = trl.SFTConfig(
+            output_dir=str(tmp_path),
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            max_steps=1,
+            per_device_train_batch_size=1,
+            max_length=max_length,
+            packing=packing,
+            bf16=False,
+        )
+        return trl.SFTTrainer(
+            model=model,
+            args=args,
+            train_dataset=datasets.Dataset.from_list([{"input_ids": one["input_ids"]} for one in rows]),
+            processing_class=tokenizer(),
+            callbacks=[SequenceLengthGuardCallback()],
+        )
+
+    sft(llama(), [row(NATIVE - 1)] * 8, NATIVE * (2 if packing else 1)).train()
+    assert warned(caplog) == []
+    table = prompted(with_table("gpt2"))
+    made = sft(table, [row(HARD_LIMIT)] * 8, HARD_LIMIT)
+    with pytest.raises(SequenceLengthError, match=f"table of {HARD_LIMIT} positions"):
+        made.train()
+    assert made.state.global_step == 0
+
+
 def test_it_is_found_by_name() -> None:
     assert ptfix.SequenceLengthGuardCallback is SequenceLengthGuardCallback
     assert ptfix.callbacks.SequenceLengthError is SequenceLengthError  # type: ignore[attr-defined]
