@@ -34,10 +34,10 @@ ARMS: dict[str, tuple[float | None, bool]] = {
     "linear x4": (4.0, False),
     "linear x4, progressive": (4.0, True),
 }
-LENGTH, SHORTEST, WARMUP_STEPS = 1024, 128, 24
-LONG = 4096  #: of the held-out rows
-BUDGET, QUICK_BUDGET = 24 * LENGTH, 2 * LENGTH
-EVERY = 4 * LENGTH  #: tokens between two comparisons
+LENGTH, SHORTEST, WARMUP_STEPS = 1024, 128, 16
+LONG = 2048  #: of the held-out rows
+BUDGET, QUICK_BUDGET = 12 * LENGTH, LENGTH
+EVERY = 3 * LENGTH  #: tokens between two comparisons
 
 
 def main() -> None:
@@ -182,7 +182,7 @@ def rows(tokenizer: Any) -> tuple[list[dict[str, list[int]]], list[list[int]]]:
             {"role": "assistant", "content": text.strip()},
         ]
         ids = tokenized(tokenizer, chat)
-        if len(ids) >= LONG and len(held_out) < 3:
+        if len(ids) >= LONG and len(held_out) < 2:
             held_out.append(ids[:LONG])
         elif len(ids) >= LENGTH:
             asked = len(tokenized(tokenizer, chat[:1], add_generation_prompt=True))
