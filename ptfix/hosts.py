@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import re
 from collections.abc import Mapping
 
 from packaging.specifiers import SpecifierSet
@@ -16,9 +17,12 @@ FLOORS: Mapping[str, str] = {"transformers": "4.36", "peft": "0.6"}
 def installed(name: str) -> Version | None:
     """The installed version, read from the package's metadata; None where there is none."""
     try:
-        return Version(importlib.metadata.version(name))
+        found = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+    # Its line alone: to parse a package's whole metadata, README and all, takes milliseconds, and apply() asks often.
+    line = re.search(r"^Version: *(\S+)", found.read_text("METADATA") or "", re.MULTILINE)
+    return Version(line[1] if line else found.version)
 
 
 def versions() -> dict[str, str]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+from pathlib import Path
 
 import pytest
 from packaging.version import Version
@@ -10,17 +11,26 @@ from ptfix import hosts
 
 
 @pytest.fixture
-def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
     """The metadata of the environment, as a dict the test fills."""
     known: dict[str, str] = {}
 
-    def version(name: str) -> str:
+    def distribution(name: str) -> importlib.metadata.Distribution:
         if name not in known:
             raise importlib.metadata.PackageNotFoundError(name)
-        return known[name]
+        folder = tmp_path / f"{name}-{known[name]}.dist-info"
+        folder.mkdir(exist_ok=True)
+        lines = ["Metadata-Version: 2.4", f"Name: {name}", f"Version: {known[name]}", "", "Version: 0 was a mistake."]
+        (folder / "METADATA").write_text("\n".join(lines))
+        return importlib.metadata.Distribution.at(folder)
 
-    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
     return known
+
+
+def test_installed_is_what_the_metadata_says() -> None:
+    for name in ("torch", "packaging", "pytest"):
+        assert str(hosts.installed(name)) == importlib.metadata.version(name)
 
 
 def test_installed(versions: dict[str, str]) -> None:
