@@ -1,6 +1,6 @@
 """What a soft prompt costs with ptfix, on SmolLM2-135M-Instruct: see README.md beside this file.
 
-    python benchmarks/generate.py [--repeats 5] [--quick]
+    python benchmarks/generate.py [--repeats 5] [--quick | --start-up]
 
 Writes results/<pair>.json, and results/<pair>.svg where matplotlib is installed.
 """
@@ -67,7 +67,14 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="first cell only, 16 new tokens, 1 round: to see that it runs"
     )
+    parser.add_argument("--start-up", action="store_true", help="only import and apply(); what is in the file stays")
     args = parser.parse_args()
+    if args.start_up:
+        file = RESULTS / f"{_pair()}.json"
+        known = {**json.loads(file.read_text()), "milliseconds": _start_up()}
+        file.write_text(json.dumps(known, indent=1) + "\n")
+        print(_table(known))
+        return
     model_file = smollm2.find()
     if model_file is None:
         raise SystemExit(smollm2.MISSING)
@@ -85,7 +92,7 @@ def main() -> None:
         "milliseconds": start_up,
         "cells": [],
     }
-    name = "+".join(results["hosts"][host] for host in ("transformers", "peft"))
+    name = _pair()
     RESULTS.mkdir(exist_ok=True)
     for cell in tqdm(cells, desc="cells"):
         results["cells"].append(_cell(base, tokenizer, 1 if args.quick else args.repeats, *cell))
@@ -93,6 +100,11 @@ def main() -> None:
         (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
         _draw(results, RESULTS / f"{name}.svg")
         print(_table(results), flush=True)
+
+
+def _pair() -> str:
+    versions = hosts.versions()
+    return f"{versions['transformers']}+{versions['peft']}"
 
 
 def _cell(
