@@ -137,6 +137,10 @@ def test_without_matplotlib_it_says_what_to_install(
     run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert main(["report", str(run_dir)]) == 2
+    assert main(["report", str(run_dir)]) == 0
+    told = capsys.readouterr()
+    assert "sequence length" in told.out
+    assert "no picture: a picture needs matplotlib: pip install 'ptfix[plot]'" in told.err
+    assert main(["report", str(run_dir), "--picture", "run.svg"]) == 2
     assert "pip install 'ptfix[plot]'" in capsys.readouterr().err
     assert main(["report", str(run_dir), "--json"]) == 0

@@ -59,12 +59,15 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the table and draw; 1 where a loss or a KL is no number at the end, else 0."""
     picture = args.picture or args.runs[0] / PICTURE
-    if (args.picture or not args.json) and (problem := pictures.problem(picture)):
+    problem = pictures.problem(picture)
+    if args.picture and problem:
         raise UsageError(problem)
     names = _names(args.runs)
     runs = {name: series(_log(folder)) for name, folder in zip(names, args.runs, strict=True)}
     print(json.dumps(_plain(runs)) if args.json else _text(runs))
-    if args.picture or not args.json:
+    if problem and not args.json:
+        print(f"no picture: {problem}", file=sys.stderr)
+    elif args.picture or not args.json:
         try:
             pictures.draw(panels(runs), picture, "optimizer step", names[0] if len(names) == 1 else "")
         except OSError as error:
