@@ -174,12 +174,16 @@ def _aligned(per_token: torch.Tensor, value: torch.Tensor, row_dim: int, dim: in
 
 
 def _from_zero(positions: torch.Tensor, mask: Any) -> torch.Tensor:
-    """The positions of a piece, its first text from 0 on; texts packed behind it begin at 0 already."""
+    """The positions of a piece, its first text from 0 on; texts packed behind it begin at 0 already.
+
+    Those of padding mean nothing, but are looked up too: up to transformers 4.37 in a table as long as the piece.
+    """
     real = positions.ge(0)
     if getattr(mask, "ndim", 0) == 2:
         real = real & mask.bool()
     begun = ((positions == 0) & real).cumsum(dim=-1)
     offset = positions.gather(-1, real.long().argmax(dim=-1, keepdim=True))
+    positions = positions.where(real, positions.clamp(max=positions.shape[-1] - 1))
     return positions.where(~real | (begun > 0), positions - offset)
 
 

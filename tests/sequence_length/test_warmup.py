@@ -97,6 +97,11 @@ def test_packed_rows_keep_the_positions_of_each_text() -> None:
 def test_the_model_reads_in_a_piece_what_it_reads_in_the_piece_alone(side: str, kind: str) -> None:
     """The truth: the logits of each piece as a row of its own, without a mask, padding or position_ids."""
     model = base_model("llama")
+    if kind != "2d":
+        try:
+            model(torch.zeros(1, 3, dtype=torch.long), attention_mask=torch.zeros(1, 1, 3, 3))
+        except ValueError:
+            pytest.skip("this release takes no 4-D masks: pip install 'transformers>=4.38'")
     lengths = [12, 7]
     whole = batch(lengths, side)
     whole["input_ids"] %= 61
@@ -110,6 +115,7 @@ def test_the_model_reads_in_a_piece_what_it_reads_in_the_piece_alone(side: str, 
     mask = cut["mask_4d"] if "mask_4d" in cut else cut["attention_mask"]
     if kind == "bool":
         mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    assert int(cut["position_ids"].max()) < 5
     with torch.no_grad():
         logits = model(cut["input_ids"], attention_mask=mask, position_ids=cut["position_ids"]).logits
         assert len(logits) == 5
