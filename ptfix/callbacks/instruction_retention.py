@@ -82,8 +82,14 @@ class InstructionRetentionCallback(TrainerCallback):  # type: ignore[misc]  # th
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._compare(state, kwargs)
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:  # before the last checkpoint, so that its state has the comparison
+            should_log = control.should_log
+            self._compare(state, kwargs)
+            control.should_log = should_log  # to log takes it back, and this step's loss is not logged yet
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._compare(state, kwargs)
+        self._compare(state, kwargs)  # a run that was stopped early
 
     def _remembered(self, model: Any, args: Any, state: Any, given: dict[str, Any]) -> list[retention.Memory]:
         """The base's answers: remembered earlier, or given now."""

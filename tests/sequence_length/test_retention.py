@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,13 @@ def test_asking_leaves_the_model_and_the_random_state_as_they_were() -> None:
     )
     assert torch.equal(torch.get_rng_state(), state)
     assert tracked == [False] * len(tracked) != []
+
+
+def test_the_last_comparison_and_the_last_loss_are_in_the_last_checkpoint(tmp_path: Path) -> None:
+    train(tmp_path, base_model("llama"), [InstructionRetentionCallback(PROMPTS, new_tokens=4)], save_steps=4)
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert [entry["step"] for entry in state["log_history"] if entry.keys() >= KEYS] == [0, 4]
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("adapted", [True, False])
