@@ -51,6 +51,7 @@ def draw(panels: Sequence[Panel], path: Path, x_label: str, title: str = "") -> 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ptfix", "font.size": 9}):
         figure = Figure(figsize=(7.5, 0.6 + 1.9 * len(panels)), layout="constrained")
         figure.suptitle(title, fontsize=10)
+        told: set[str] = set()
         rows = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
         for axes, panel in zip(rows, panels, strict=True):
             for name, (x, y) in panel.lines.items():
@@ -65,8 +66,9 @@ def draw(panels: Sequence[Panel], path: Path, x_label: str, title: str = "") -> 
             axes.set_ylabel(panel.label)
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.25)
-            if len(names) > 1:
+            if len(names) > 1 and not told.issuperset(panel.lines):  # said once, where they first are
                 axes.legend(frameon=False, fontsize=8)
+                told.update(panel.lines)
         rows[-1].set_xlabel(x_label)
         file = io.BytesIO()
         kind = path.suffix[1:].lower()
