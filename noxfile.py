@@ -138,7 +138,7 @@ def sequence_length(session: nox.Session, transformers: str, peft: str) -> None:
     """Real training runs with the callbacks that watch and change the length of rows."""
     _environment(session, transformers, peft)
     session.install("hypothesis")
-    session.run("pytest", "-q", "tests/sequence_length", "tests/test_report.py", *session.posargs)
+    session.run("pytest", "-q", "tests/sequence_length", "tests/test_report_command.py", *session.posargs)
 
 
 def _cell(transformers: str, peft: str) -> dict[str, object]:
