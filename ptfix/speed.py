@@ -48,8 +48,8 @@ class Agreement:
 
     @property
     def agrees(self) -> bool:
-        """Equal but for rounding, which may also tip a choice between two tokens."""
-        return self.dlogit <= self.tolerance
+        """The same tokens, by logits that are equal but for rounding."""
+        return self.diverges_at is None and self.dlogit <= self.tolerance
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,18 @@ def test_other_logits_are_no_agreement_though_the_tokens_are_the_same() -> None:
     assert (found.agreement.diverges_at, found.agreement.agrees) == (None, False)
 
 
+def test_other_tokens_are_no_agreement_though_the_logits_are_the_same() -> None:
+    way = ways(4)[speed.FIXED]
+    assert way.truth is not None
+    ids = way.truth.ids.clone()
+    ids[0, -1] += 1
+    way = dataclasses.replace(way, truth=speed.Truth(ids, way.truth.logits))
+    (found,) = speed.race([way], 4, 1)[0][speed.FIXED]
+    assert found.agreement is not None
+    assert (found.agreement.diverges_at, found.agreement.agrees) == (4, False)
+    assert found.agreement.dlogit < 1e-3
+
+
 def test_a_text_that_ends_early_is_no_agreement() -> None:
     way = ways(6)[speed.FIXED]
     assert way.truth is not None
