@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptfix import whole_file
+from ptfix.sequence_length.rows import undisturbed_randomness
 
 if TYPE_CHECKING:
     import torch
@@ -155,8 +156,7 @@ def quiet(model: Any) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     # peft's disable_adapter() switches gradients of its parameters off and all of them on again.
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    devices = {parameter.device for parameter, _ in trained if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[device.index or 0 for device in devices]), torch.no_grad():
+    with undisturbed_randomness(), torch.no_grad():
         try:
             model.eval()
             yield
