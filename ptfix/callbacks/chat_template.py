@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ptfix.callbacks.problems import OnProblem, Problems
+from ptfix.callbacks.running import stop_tokens
 from ptfix.chat_templates import choosing, files, parity, readers, saving
 
 logger = logging.getLogger("ptfix")
@@ -133,7 +134,7 @@ class ChatTemplateCallback(TrainerCallback):  # type: ignore[misc]  # the hosts 
         prompt = choosing.judge(template, tokens).generation_prompt if template is not None else None
         tokenizer = saving.tokenizer_of(self._saver)
         config = getattr(model, "generation_config", None)
-        stops = _as_list(getattr(config, "eos_token_id", None)) or _as_list(tokenizer.eos_token_id)
+        stops = stop_tokens(model, tokenizer)
         found = [parity.judge(*row, tokenizer, prompt, stops) for row in _rows(batch)]
         if all(each.problems for each in found):  # a row that is cut, or packed, may be odd where the run is right
             for problem in found[0].problems:
@@ -215,7 +216,3 @@ def _tokenizer_of(base: str | Path | None) -> Any:
     except Exception as error:  # of remote code, say: the checkpoint stays without, as it would have
         logger.warning("checkpoints get no tokenizer: that of %s does not load (%s)", folder, error)
         return None
-
-
-def _as_list(ids: Any) -> list[int]:
-    return [] if ids is None else [int(token) for token in (ids if isinstance(ids, list | tuple) else [ids])]

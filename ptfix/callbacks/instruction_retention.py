@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ptfix.callbacks.running import trainer_of
+from ptfix.callbacks.running import stop_tokens, trainer_of
 from ptfix.callbacks.soft_prompt import is_sharded
 from ptfix.chat_templates import saving
 from ptfix.sequence_length import retention
@@ -103,12 +103,14 @@ class InstructionRetentionCallback(TrainerCallback):  # type: ignore[misc]  # th
             logger.warning("%s is missing: instruction retention compares with the model as it is resumed.", kept)
         tokenizer = given.get("processing_class") or given.get("tokenizer")
         prompts = [_prompt(instruction, tokenizer) for instruction in self.instructions]
+        plain = None if tokenizer is None else saving.tokenizer_of(tokenizer)
         if self.base is not None:
-            self._told = retention.remember(self.base, prompts, self.new_tokens, self.top, _stops(self.base, tokenizer))
+            stops = stop_tokens(self.base, plain)
+            self._told = retention.remember(self.base, prompts, self.new_tokens, self.top, stops)
             self.base = None
             return self._told
         with retention.quiet(model), model.disable_adapter() if adapted else contextlib.nullcontext():
-            memories = retention.remember(model, prompts, self.new_tokens, self.top, _stops(model, tokenizer))
+            memories = retention.remember(model, prompts, self.new_tokens, self.top, stop_tokens(model, plain))
         if args.should_save and not adapted:
             retention.save(memories, kept)
         return memories
@@ -158,11 +160,3 @@ def _prompt(instruction: str | Sequence[int], tokenizer: Any) -> list[int]:
         [{"role": "user", "content": instruction}], chat_template=template, add_generation_prompt=True, tokenize=False
     )
     return list(plain(text, add_special_tokens=False)["input_ids"])
-
-
-def _stops(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer."""
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if ends is None and tokenizer is not None:
-        ends = saving.tokenizer_of(tokenizer).eos_token_id
-    return [] if ends is None else [int(end) for end in (ends if isinstance(ends, list | tuple) else [ends])]

@@ -15,6 +15,7 @@ from transformers import Trainer
 import ptfix
 from ptfix.callbacks.sequence_length_guard import SequenceLengthError, SequenceLengthGuardCallback
 from tests.runs import arguments as arguments_of
+from tests.runs import sft_trainer
 from tests.sequence_length.doubles import HARD_LIMIT, HARD_TABLES, HEADS, NATIVE, VOCAB, llama, qwen_v1, with_table
 
 VIRTUAL = 8
@@ -257,29 +258,10 @@ def test_packed_rows_count_from_where_their_positions_start(tmp_path: Path, capl
 @pytest.mark.parametrize("packing", [False, True])
 def test_trl(packing: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """SFTTrainer checks no context: it cuts to args.max_length, and packs texts of which each is short enough."""
-    trl = pytest.importorskip("trl", reason="pip install trl datasets brings SFTTrainer")
-    datasets = pytest.importorskip("datasets", reason="pip install trl datasets brings SFTTrainer")
-    from tests.chat_templates.stories import tokenizer
 
     def sft(model: Any, rows: list[Any], max_length: int) -> Any:
-        args = trl.SFTConfig(
-            output_dir=str(tmp_path),
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-            max_steps=1,
-            per_device_train_batch_size=1,
-            max_length=max_length,
-            packing=packing,
-            bf16=False,
-        )
-        return trl.SFTTrainer(
-            model=model,
-            args=args,
-            train_dataset=datasets.Dataset.from_list([{"input_ids": one["input_ids"]} for one in rows]),
-            processing_class=tokenizer(),
-            callbacks=[SequenceLengthGuardCallback()],
-        )
+        options = {"max_steps": 1, "per_device_train_batch_size": 1, "max_length": max_length, "packing": packing}
+        return sft_trainer(model, rows, tmp_path, [SequenceLengthGuardCallback()], **options)
 
     sft(llama(), [row(NATIVE - 1)] * 8, NATIVE * (2 if packing else 1)).train()
     assert warned(caplog) == []

@@ -21,6 +21,7 @@ from ptfix.callbacks.sequence_length_warmup import SequenceLengthWarmupCallback
 from ptfix.sequence_length import schedule, warmup
 from tests.matrix.models import VOCAB, base_model
 from tests.runs import arguments as arguments_of
+from tests.runs import sft_trainer
 
 LENGTH, STEPS, ROWS_PER_BATCH = 40, 6, 2
 SCHEDULE = schedule.linear(8, LENGTH, 4)
@@ -277,32 +278,19 @@ def test_two_ranks_have_equal_lengths_and_the_weights_of_rows_cut_by_hand(mode: 
 
 @pytest.mark.parametrize(("packing", "mode"), [(False, "truncate"), (True, "truncate"), (True, "order")])
 def test_trl(packing: bool, mode: Any, tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl", reason="pip install trl datasets brings SFTTrainer")
-    datasets = pytest.importorskip("datasets", reason="pip install trl datasets brings SFTTrainer")
-    from tests.chat_templates.stories import tokenizer
-
-    args = trl.SFTConfig(
-        output_dir=str(tmp_path),
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
+    seen = Seen()
+    warming = SequenceLengthWarmupCallback(schedule.linear(8, 24, 2) if mode == "truncate" else None, mode)
+    trainer = sft_trainer(
+        base_model("llama"),
+        make_rows(ROWS_PER_BATCH * 8),
+        tmp_path,
+        [seen, warming],
         max_steps=4,
         logging_steps=1,
         gradient_accumulation_steps=2,
         per_device_train_batch_size=ROWS_PER_BATCH,
         max_length=LENGTH,
         packing=packing,
-        bf16=False,
-    )
-    seen = Seen()
-    warming = SequenceLengthWarmupCallback(schedule.linear(8, 24, 2) if mode == "truncate" else None, mode)
-    dataset = datasets.Dataset.from_list([{"input_ids": row["input_ids"]} for row in make_rows(ROWS_PER_BATCH * 8)])
-    trainer = trl.SFTTrainer(
-        model=base_model("llama"),
-        args=args,
-        train_dataset=dataset,
-        processing_class=tokenizer(),
-        callbacks=[seen, warming],
     )
     if packing and mode == "truncate":  # trl counts the boundaries of packed rows in cu_seq_lens
         with pytest.raises(warmup.CannotCut, match=r"packed rows.*mode='order'"):
