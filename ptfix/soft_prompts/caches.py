@@ -110,7 +110,7 @@ def crop(past_key_values: Any, positions: int) -> Any:
         return past_key_values
     if positions == 0:
         return None
-    raise ValueError("a legacy tuple of past_key_values longer than the text cannot be continued; pass the full text.")
+    raise ValueError("a legacy tuple of past_key_values cannot be shortened to the text; generate again without it.")
 
 
 def prefix_of(prompt: SoftPrompt, batch_size: int) -> KeyValues:
@@ -229,6 +229,21 @@ def wants_one_span(base_model: Any, tokens: int) -> bool:
     )
 
 
+@functools.cache
+def padded_rows_need_one_span() -> bool:
+    """Must left-padded rows be fed from the first token on, unless by one token at a time?
+
+    In transformers 4.36 to 4.38 the mask for SDPA is mended row by row after a mask that it takes for that of the
+    tokens fed, though it also covers what the cache holds.
+    """
+    try:
+        from transformers.modeling_attn_mask_utils import AttentionMaskConverter
+    except ImportError:
+        return False
+    unmask = getattr(AttentionMaskConverter, "_unmask_unattended", None)
+    return unmask is not None and "attention_mask" in inspect.signature(unmask).parameters
+
+
 def lay_in(past_key_values: Any, prefix: KeyValues, first: torch.Tensor, base_model: Any) -> Any:
     """An empty cache that takes `prefix` for what the next feed says at the positions from ``first [batch]`` on.
 
@@ -340,8 +355,7 @@ def _legacy(prefix: KeyValues, layout: list[tuple[int, ...]]) -> Any:
         )
     if ranks == [3, 3]:  # falcon: [batch * heads, tokens, dim]
         return tuple(
-            (key.reshape(batch * heads, tokens, dim), value.reshape(batch * heads, tokens, dim))
-            for key, value in pairs
+            (key.reshape(batch * heads, tokens, dim), value.reshape(batch * heads, tokens, dim)) for key, value in pairs
         )
     raise NotImplementedError(f"past_key_values in an unknown layout {layout}: prefix tuning cannot fill them.")
 

@@ -47,7 +47,7 @@ def _view(peft_model: Any, turn: _Turn) -> Any:
     twin.__class__ = _view_class(type(twin))  # type: ignore[arg-type]
     # Attributes of the base that stand for one call of its own: peft hangs a bound method on it (and, interrupted,
     # leaves it there), the host keeps its last static cache.
-    for name in ("prepare_inputs_for_generation", "_cache"):
+    for name in ("prepare_inputs_for_generation", "_cache", "_static_cache"):
         twin.__dict__.pop(name, None)
         twin._modules.pop(name, None)
     body = twin._modules.get("model")
@@ -145,6 +145,8 @@ class _SoftPromptView:
         input_ids = input_ids[:, max(0, -hidden) :]
         stop = prompt.length + given + hidden
         start = min(cached, stop - 1)  # a text that is wholly cached still needs its last logits
+        if stop - start > 1 and turn.pads is not None and caches.padded_rows_need_one_span():
+            start = 0
         behind_prefix = prompt.length + turn.most_pads
         if prompt.is_prefix and start < behind_prefix:
             start = 0
@@ -228,10 +230,13 @@ class _SoftPromptView:
         bound.arguments["max_cache_len"] += self._ptfix_turn.prompt.length
         return maker(*bound.args, **bound.kwargs)
 
-    def _get_cache(self, *args: Any, **kwargs: Any) -> Any:  # transformers < 5.0
+    def _get_static_cache(self, *args: Any, **kwargs: Any) -> Any:  # transformers 4.41
+        return self._more_room("_get_static_cache", *args, **kwargs)
+
+    def _get_cache(self, *args: Any, **kwargs: Any) -> Any:  # transformers 4.42 to 5.0
         return self._more_room("_get_cache", *args, **kwargs)
 
-    def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Any:  # transformers >= 5.0
+    def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Any:  # transformers >= 5.1
         return self._more_room("_prepare_static_cache", *args, **kwargs)
 
 
