@@ -288,10 +288,16 @@ class _Text:
         inputs.pop("token_type_ids", None)
         if _has_image_positions(self.turn.base):
             inputs["position_ids"] = positions
-        if start < self.placeholders.shape[1] + self.turn.most_pads:
+        if start >= self.placeholders.shape[1] + self.turn.most_pads:
+            if inputs["input_ids"].shape[1] != stop - start:
+                inputs["input_ids"] = virtual_ids[:, start:]
+        elif self.prompt.is_prefix and self.inputs_embeds is None:
+            # What is said where the prefix stands is not read; so the model may embed the text itself.
+            inputs.pop("inputs_embeds", None)
+            ids = virtual_ids if self.order is None else padding.reorder(virtual_ids, self.order[:, :stop])
+            inputs["input_ids"] = ids[:, start:]
+        else:
             inputs["inputs_embeds"], inputs["input_ids"] = self._embeddings(start, stop), None
-        elif inputs["input_ids"].shape[1] != stop - start:
-            inputs["input_ids"] = virtual_ids[:, start:]
         if self.turn.on_layers is not None:  # 4.38 counts its own way where it holds no cache
             inputs["position_ids"] = inputs["position_ids"][:, start - stop :]
             inputs["cache_position"] = torch.arange(start, stop, device=virtual_ids.device)
