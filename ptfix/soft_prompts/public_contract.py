@@ -106,10 +106,11 @@ class _Call:
         bound = inspect.signature(self.base.generate).bind(*args, **kwargs).arguments
         return {**bound.pop("kwargs", {}), **bound}
 
-    def refuse(self, why: str) -> None:
+    def refuse(self, why: str, what_to_do: str = "leave that out") -> None:
+        kind = str(self.prompt.config.peft_type).split(".")[-1]
         raise NotSupported(
-            f"generate() of {type(self.base).__name__} with {str(self.prompt.config.peft_type).split('.')[-1]}: {why}; "
-            "leave that out, or install a transformers release that ptfix was measured on (ptfix doctor)."
+            f"generate() of {type(self.base).__name__} with {kind}: {why}; {what_to_do}, or install a transformers "
+            "release that ptfix was measured on (see ptfix doctor)."
         )
 
     def option(self, name: str, otherwise: Any = None) -> Any:
@@ -167,13 +168,14 @@ class _Call:
         for name in self.rest:
             if name not in _HANDED_ON:
                 self.refuse(f"the argument {name} is not supported")
-        if "prepare_inputs_for_generation" in vars(self.base):
-            self.refuse("an interrupted generate() of peft left a method on the base model (load it anew)")
+        left_behind = vars(self.base).get("prepare_inputs_for_generation")
+        if getattr(left_behind, "__self__", self.base) is not self.base:
+            self.refuse("an interrupted generate() of peft left a method on the base model", "load the model anew")
         if caches.legacy_layout(self.base) is not None or not caches._caches_can_be_cropped():
-            self.refuse("this architecture takes no Cache object in this release")
+            self.refuse("this architecture takes no Cache object in this release", "use another architecture")
         implementation = self.option("cache_implementation")
-        if implementation not in (None, "dynamic", "static"):
-            self.refuse(f"cache_implementation={implementation!r} is not supported (pass a cache of your own)")
+        if implementation not in (None, "dynamic", "static") or (implementation and self.cache is not None):
+            self.refuse(f"cache_implementation={implementation!r} is not supported", "pass a cache of your own")
         padded = padding.left_pads(self.mask) is not None
         second, draft = self.cached > 0, self._draft()
         length = self.option("max_new_tokens") is None
@@ -267,6 +269,8 @@ class _Call:
 
     def _cache(self, config: Any) -> Any:
         """The cache that holds the soft prompt, or will, as soon as its positions have been fed."""
+        from transformers import DynamicCache
+
         first = torch.zeros(self.rows, dtype=torch.long, device=self._text.device)
         if self.places.pads is not None:
             first = self.places.pads.repeat_interleave(self.expand)
@@ -277,8 +281,14 @@ class _Call:
         if self.cached:
             held = caches.crop(held, 0)
         if held is None and self.option("cache_implementation") == "static":
-            held = self._static_cache(stop + int(self.option("max_new_tokens", config.max_new_tokens) or 0))
+            held = self._static_cache(stop + self._new_tokens(config))
+        if held is None and self._draft() is not None:
+            held = DynamicCache()  # laid out for no model: layers with a sliding window forget what a draft rolls back
         return caches.lay_in(held, self._keys_and_values(), first, self.base)
+
+    def _new_tokens(self, config: Any) -> int:
+        """At most so many; without any length given, the hosts' default of 20."""
+        return int(self.option("max_new_tokens") or config.max_new_tokens or 20)
 
     def _static_cache(self, length: int) -> Any:
         from transformers import StaticCache
@@ -298,7 +308,7 @@ class _Call:
         """The soft prompt as keys and values, for each row that the host feeds."""
         layers = getattr(caches.new(self.base), "layers", None) or []
         if not all(hasattr(layer, "get_mask_sizes") for layer in layers):
-            self.refuse("a model with recurrent layers is not supported")
+            self.refuse("some layers keep a state, not keys and values", "use another architecture")
         if self.prompt.is_prefix:
             return self.prompt.key_values(self.rows)
         batch = 1 if self.task_ids is None else len(self._text)
@@ -307,7 +317,7 @@ class _Call:
         recorder, recorded = _recorder(self.base)
         self.base(inputs_embeds=embeds, use_cache=True, **{caches_keyword(self.base): recorder})
         if sorted(recorded) != list(range(caches.text_config(self.base).num_hidden_layers)):
-            self.refuse("not every layer keeps keys and values of its own, or the model trains without a cache")
+            self.refuse("not every layer stores keys and values", "call eval() where the model is in training")
         times = self.rows // batch
         return [
             (key.repeat_interleave(times, dim=0), value.repeat_interleave(times, dim=0))
