@@ -152,11 +152,13 @@ class _Call:
         return ones
 
     def _places(self) -> _Places:
-        pads = None
-        if not self.prompt.is_prefix or caches.counts_places(self.base):
-            pads = padding.left_pads(self.mask)
-        hidden = max(0, self.mask.shape[1] - self._text.shape[1])  # real tokens that stand only in the cache
-        return _Places(self.prompt.length, self.mask.shape[1], hidden, pads)
+        hidden = self.mask.shape[1] - self._text.shape[1]  # real tokens that stand only in the cache
+        if hidden < 0 or (hidden and not self.cached):
+            raise ValueError(
+                f"the attention_mask is for {self.mask.shape[1]} tokens, the text has {self._text.shape[1]}; without "
+                "a cache of the earlier text both must be equally long."
+            )
+        return _Places(self.prompt.length, self.mask.shape[1], hidden, padding.left_pads(self.mask))
 
     # -- what is asked ------------------------------------------------------------------------------------------
 
@@ -171,12 +173,12 @@ class _Call:
         left_behind = vars(self.base).get("prepare_inputs_for_generation")
         if getattr(left_behind, "__self__", self.base) is not self.base:
             self.refuse("an interrupted generate() of peft left a method on the base model", "load the model anew")
-        if caches.legacy_layout(self.base) is not None or not caches._caches_can_be_cropped():
+        if caches.legacy_layout(self.base) is not None:
             self.refuse("this architecture takes no Cache object in this release", "use another architecture")
         implementation = self.option("cache_implementation")
         if implementation not in (None, "dynamic", "static") or (implementation and self.cache is not None):
             self.refuse(f"cache_implementation={implementation!r} is not supported", "pass a cache of your own")
-        padded = padding.left_pads(self.mask) is not None
+        padded = self.places.pads is not None
         second, draft = self.cached > 0, self._draft()
         length = self.option("max_new_tokens") is None
         named = {
@@ -191,6 +193,7 @@ class _Call:
             "own cache": self.cache is not None and not second,
             "second turn": second,
             "second turn, left-padded": second and padded,
+            "text wholly cached": second and self.cached >= self.places.length,
             "inputs_embeds": self.embeds is not None,
             "chunked prefill": self.option("prefill_chunk_size") is not None,
             "prompt lookup": draft is not None,
@@ -220,15 +223,18 @@ class _Call:
 
     # -- how it is put to the host ------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def run(self) -> Any:
+        with torch.no_grad():
+            return self._run()
+
+    def _run(self) -> Any:
         config = self._host_config()
         processors = self._processors(config)
         mask = self.places.virtual(self.mask, self.mask.new_ones(len(self.mask), self.prompt.length))
         inputs = self._inputs()
         options = {
             "attention_mask": mask,
-            caches_keyword(self.base): self._cache(config),
+            _keyword(self.base): self._cache(config),
             "generation_config": config,
             "logits_processor": processors,
             "stopping_criteria": self._criteria(),
@@ -315,7 +321,7 @@ class _Call:
         embeds = self.prompt.embeddings(batch, self.task_ids)
         embeds = embeds.to(self.prompt.embed(embeds.new_zeros(1, 1, dtype=torch.long)).dtype)
         recorder, recorded = _recorder(self.base)
-        self.base(inputs_embeds=embeds, use_cache=True, **{caches_keyword(self.base): recorder})
+        self.base(inputs_embeds=embeds, use_cache=True, **{_keyword(self.base): recorder})
         if sorted(recorded) != list(range(caches.text_config(self.base).num_hidden_layers)):
             self.refuse("not every layer stores keys and values", "call eval() where the model is in training")
         times = self.rows // batch
@@ -430,7 +436,7 @@ class _Streamer:
         self.streamer.end()
 
 
-def caches_keyword(base_model: Any) -> str:
+def _keyword(base_model: Any) -> str:
     """What the model's forward calls its KV cache."""
     accepted = inspect.signature(type(base_model).forward).parameters
     return next((name for name in ("past_key_values", "cache") if name in accepted), "past_key_values")
@@ -506,6 +512,12 @@ def _second(trial: _Trial, padded: bool = False) -> Pair:
     return out["scores"][1][0].float(), trial.logits(text)
 
 
+def _regenerate(trial: _Trial) -> Pair:
+    first = trial.run(return_dict_in_generate=True)
+    held = next(first[name] for name in ("past_key_values", "cache") if name in first)
+    return trial.run(past_key_values=held), trial.truth()
+
+
 def _beams(trial: _Trial) -> Pair:
     out = trial.run(num_beams=2, num_return_sequences=2)
     first = trial.logits(trial.ids).log_softmax(-1)
@@ -562,6 +574,7 @@ _TRIALS: dict[str, Callable[[_Trial], Pair]] = {
     "own cache": _own_cache,
     "second turn": _second,
     "second turn, left-padded": lambda trial: _second(trial, padded=True),
+    "text wholly cached": _regenerate,
     "inputs_embeds": _embeds,
     "chunked prefill": _ids(prefill_chunk_size=2),
     "prompt lookup": _lookup,

@@ -118,7 +118,11 @@ def counts(rows: dict[str, dict[str, str]]) -> dict[str, int]:
     total = Counter(
         words[letter] for by_architecture in rows.values() for row in by_architecture.values() for letter in row
     )
-    return {word: total[word] for word in ("exact", "wrong", "raises", "refused", "host") if word != "refused" or total[word]}
+    return {
+        word: total[word]
+        for word in ("exact", "wrong", "raises", "refused", "host")
+        if word != "refused" or total[word]
+    }
 
 
 def main() -> int:
