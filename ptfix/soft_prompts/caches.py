@@ -353,8 +353,7 @@ def _legacy(prefix: KeyValues, layout: list[tuple[int, ...]]) -> Any:
         )
     if ranks == [3, 3]:  # falcon: [batch * heads, tokens, dim]
         return tuple(
-            (key.reshape(batch * heads, tokens, dim), value.reshape(batch * heads, tokens, dim))
-            for key, value in pairs
+            (key.reshape(batch * heads, tokens, dim), value.reshape(batch * heads, tokens, dim)) for key, value in pairs
         )
     raise NotImplementedError(f"past_key_values in an unknown layout {layout}: prefix tuning cannot fill them.")
 

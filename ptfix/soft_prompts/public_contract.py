@@ -89,8 +89,7 @@ class _Call:
             raise ValueError("generate() with a soft prompt needs input_ids or inputs_embeds.")
         if self.ids is not None and self.embeds is not None:
             self.refuse("input_ids together with inputs_embeds are not supported")
-        caches_given = [asked.pop(name, None) for name in ("past_key_values", "cache")]
-        self.cache = next((given for given in caches_given if given is not None), None)
+        self.cache = caches.taken_from(asked)
         self.cached = caches.length(self.cache)
         self.has_mask = asked.get("attention_mask") is not None
         self.mask = self._mask(asked.pop("attention_mask", None))
@@ -234,7 +233,7 @@ class _Call:
         inputs = self._inputs()
         options = {
             "attention_mask": mask,
-            _keyword(self.base): self._cache(config),
+            caches.keyword(): self._cache(config),
             "generation_config": config,
             "logits_processor": processors,
             "stopping_criteria": self._criteria(),
@@ -250,8 +249,7 @@ class _Call:
         if self.embeds is None:
             placeholders = self._text.new_zeros(batch, length + self.places.hidden)
             return {"inputs": self.places.reorder(torch.cat((placeholders, self._text), dim=1))}
-        placeholders = self.prompt.embed(torch.zeros(batch, length, dtype=torch.long, device=self._text.device))
-        return {"inputs_embeds": self.places.virtual(self.embeds, placeholders.to(self.embeds.dtype))}
+        return {"inputs_embeds": self.places.virtual(self.embeds, self._placeholders(batch).to(self.embeds.dtype))}
 
     def _host_config(self) -> Any:
         """The caller's options with lengths as counts of new tokens, which mean the same in both coordinates."""
@@ -316,12 +314,14 @@ class _Call:
         if not all(hasattr(layer, "get_mask_sizes") for layer in layers):
             self.refuse("some layers keep a state, not keys and values", "use another architecture")
         if self.prompt.is_prefix:
-            return self.prompt.key_values(self.rows)
+            prefix = caches.prefix_of(self.prompt, self.rows)
+            without = {layer for layer, pair in enumerate(prefix) if pair is None}
+            if without and without & set(self._recorded(self._placeholders(1))):
+                self.refuse("some layers take no prefix", "use another architecture")
+            return prefix
         batch = 1 if self.task_ids is None else len(self._text)
-        embeds = self.prompt.embeddings(batch, self.task_ids)
-        embeds = embeds.to(self.prompt.embed(embeds.new_zeros(1, 1, dtype=torch.long)).dtype)
-        recorder, recorded = _recorder(self.base)
-        self.base(inputs_embeds=embeds, use_cache=True, **{_keyword(self.base): recorder})
+        embeds = self.prompt.embeddings(batch, self.task_ids).to(self._placeholders(1).dtype)
+        recorded = self._recorded(embeds)
         if sorted(recorded) != list(range(caches.text_config(self.base).num_hidden_layers)):
             self.refuse("not every layer stores keys and values", "call eval() where the model is in training")
         times = self.rows // batch
@@ -329,6 +329,16 @@ class _Call:
             (key.repeat_interleave(times, dim=0), value.repeat_interleave(times, dim=0))
             for _, (key, value) in sorted(recorded.items())
         ]
+
+    def _placeholders(self, batch: int) -> torch.Tensor:
+        ids = torch.zeros(batch, self.prompt.length, dtype=torch.long, device=self._text.device)
+        return self.prompt.embed(ids)
+
+    def _recorded(self, embeds: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """The keys and values that each layer makes of `embeds` at the first positions."""
+        cache, recorded = _recorder(self.base)
+        self.base(inputs_embeds=embeds, use_cache=True, **{caches.keyword(): cache})
+        return recorded
 
     # -- whatever looks at ids is given the real ones -----------------------------------------------------------
 
@@ -366,10 +376,8 @@ class _Call:
             return result if self.embeds is not None else self.places.real(result)
         if self.embeds is None:
             result["sequences"] = self.places.real(result["sequences"])
-        if self.option("use_cache") is False:
-            for name in ("past_key_values", "cache"):
-                if name in result:
-                    result[name] = None
+        if self.option("use_cache") is False and (name := caches.name_in(result)) is not None:
+            result[name] = None
         return result
 
 
@@ -436,12 +444,6 @@ class _Streamer:
         self.streamer.end()
 
 
-def _keyword(base_model: Any) -> str:
-    """What the model's forward calls its KV cache."""
-    accepted = inspect.signature(type(base_model).forward).parameters
-    return next((name for name in ("past_key_values", "cache") if name in accepted), "past_key_values")
-
-
 def _recorder(base_model: Any) -> tuple[Any, dict[int, tuple[torch.Tensor, torch.Tensor]]]:
     """An empty cache, and the keys and values that each layer hands to it."""
     recorded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -504,7 +506,7 @@ def _second(trial: _Trial, padded: bool = False) -> Pair:
     if padded:
         ids, mask = torch.tensor([[0, 0, 5, 6], [3, 4, 5, 6]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     first = trial.run(ids, attention_mask=mask, return_dict_in_generate=True)
-    held = next(first[name] for name in ("past_key_values", "cache") if name in first)
+    held = caches.of(first)
     again = torch.cat((first["sequences"], first["sequences"][:, -3:] % 5 + 2), dim=1)
     mask = torch.cat((mask, mask.new_ones(len(mask), again.shape[1] - mask.shape[1])), dim=1)
     out = trial.run(again, attention_mask=mask, past_key_values=held, output_scores=True, return_dict_in_generate=True)
@@ -514,7 +516,7 @@ def _second(trial: _Trial, padded: bool = False) -> Pair:
 
 def _regenerate(trial: _Trial) -> Pair:
     first = trial.run(return_dict_in_generate=True)
-    held = next(first[name] for name in ("past_key_values", "cache") if name in first)
+    held = caches.of(first)
     return trial.run(past_key_values=held), trial.truth()
 
 

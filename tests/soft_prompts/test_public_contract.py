@@ -14,7 +14,7 @@ import transformers
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 import ptfix
-from ptfix.soft_prompts import public_contract
+from ptfix.soft_prompts import caches, public_contract
 from tests.matrix import modes
 from tests.matrix.contract import PublicContract
 from tests.matrix.models import NotInThisPair
@@ -178,7 +178,7 @@ def test_a_second_turn_of_a_padded_batch(bench: PublicContract) -> None:
     more = torch.tensor([[7, 8, 9], [9, 8, 7]])
     again = torch.cat((first.sequences, more), 1)
     mask = torch.cat((mask, mask.new_ones(2, again.shape[1] - mask.shape[1])), 1)
-    held = next(first[name] for name in ("past_key_values", "cache") if name in first)
+    held = caches.of(first)
     out = bench.generate(again, attention_mask=mask, rows=2, past_key_values=held)
     for index, row in enumerate(rows):
         text = again[index : index + 1, ids.shape[1] - row.shape[1] :]
@@ -187,7 +187,7 @@ def test_a_second_turn_of_a_padded_batch(bench: PublicContract) -> None:
 
 def test_a_second_turn_may_pass_only_what_is_new(bench: PublicContract) -> None:
     first = bench.generate(bench.ids, return_dict_in_generate=True)
-    held = next(first[name] for name in ("past_key_values", "cache") if name in first)
+    held = caches.of(first)
     again = torch.cat((first.sequences, torch.tensor([[7, 8, 9]])), 1)
     new = again[:, first.sequences.shape[1] - 1 :]
     out = bench.generate(new, attention_mask=modes.ones(again), past_key_values=held)
