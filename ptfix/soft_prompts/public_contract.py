@@ -490,8 +490,14 @@ class _Trial:
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def _ids(**options: Any) -> Callable[[_Trial], Pair]:
-    return lambda trial: (trial.run(**options), trial.truth())
+def _scores(**options: Any) -> Callable[[_Trial], Pair]:
+    """The second step's scores, which no ignored soft prompt or lost position leaves as they are."""
+
+    def compare(trial: _Trial) -> Pair:
+        out = trial.run(output_scores=True, return_dict_in_generate=True, **options)
+        return out["scores"][1][0].float(), trial.logits(trial.truth()[:, :-1])
+
+    return compare
 
 
 def _padded(trial: _Trial, **options: Any) -> Pair:
@@ -517,7 +523,7 @@ def _second(trial: _Trial, padded: bool = False) -> Pair:
 def _regenerate(trial: _Trial) -> Pair:
     first = trial.run(return_dict_in_generate=True)
     held = caches.of(first)
-    return trial.run(past_key_values=held), trial.truth()
+    return _scores(past_key_values=held)(trial)
 
 
 def _beams(trial: _Trial) -> Pair:
@@ -539,7 +545,7 @@ def _embeds(trial: _Trial) -> Pair:
 
 
 def _own_cache(trial: _Trial) -> Pair:
-    return trial.run(past_key_values=caches.new(trial.model.base_model)), trial.truth()
+    return _scores(past_key_values=caches.new(trial.model.base_model))(trial)
 
 
 def _lookup(trial: _Trial) -> Pair:
@@ -552,9 +558,9 @@ def _lookup(trial: _Trial) -> Pair:
 
 
 def _assisted(trial: _Trial) -> Pair:
-    out = trial.run(assistant_model=trial.model.base_model)
-    truth = reference.greedy(trial.model, trial.ids, max(_NEW, out.shape[1] - trial.ids.shape[1]))[0]
-    return out, truth
+    # Long enough that the bare base model, as the assistant, drafts tokens that must be rejected.
+    out = trial.run(assistant_model=trial.model.base_model, max_new_tokens=8)
+    return out, reference.greedy(trial.model, trial.ids, max(8, out.shape[1] - trial.ids.shape[1]))[0]
 
 
 def _default_length(trial: _Trial) -> Pair:
@@ -565,23 +571,23 @@ def _default_length(trial: _Trial) -> Pair:
 
 
 _TRIALS: dict[str, Callable[[_Trial], Pair]] = {
-    "greedy": _ids(),
-    "no mask": _ids(attention_mask=None),
+    "greedy": _scores(),
+    "no mask": _scores(attention_mask=None),
     "left-padded batch": _padded,
     "beam search": _beams,
-    "max_length": _ids(max_new_tokens=None, max_length=4 + _NEW),
+    "max_length": _scores(max_new_tokens=None, max_length=4 + _NEW),
     "default length": _default_length,
-    "static cache": _ids(cache_implementation="static"),
+    "static cache": _scores(cache_implementation="static"),
     "static cache, left-padded": lambda trial: _padded(trial, cache_implementation="static"),
     "own cache": _own_cache,
     "second turn": _second,
     "second turn, left-padded": lambda trial: _second(trial, padded=True),
     "text wholly cached": _regenerate,
     "inputs_embeds": _embeds,
-    "chunked prefill": _ids(prefill_chunk_size=2),
+    "chunked prefill": _scores(prefill_chunk_size=2),
     "prompt lookup": _lookup,
     "assisted": _assisted,
-    "no cache": _ids(use_cache=False),
+    "no cache": _scores(use_cache=False),
 }
 
 
@@ -600,7 +606,11 @@ def _fault(is_prefix: bool, mode: str) -> str | None:
 def _trial(is_prefix: bool) -> _Trial:
     from peft import PrefixTuningConfig, PromptTuningConfig
 
-    if not is_prefix:
-        return _Trial(probes._tiny(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)))
-    sizes = {"num_layers": 1, "num_attention_heads": 2, "token_dim": 8}
-    return _Trial(probes._tiny(PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, **sizes)))
+    if is_prefix:
+        sizes = {"num_layers": 1, "num_attention_heads": 2, "token_dim": 8}
+        model = probes._tiny(PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, **sizes))
+    else:
+        model = probes._tiny(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with torch.no_grad():  # so strong that the base model alone answers otherwise
+        model.prompt_encoder["default"].embedding.weight.mul_(-8)
+    return _Trial(model)

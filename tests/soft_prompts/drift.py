@@ -1,7 +1,7 @@
-"""A next release, imitated: GenerationMixin's private methods are called otherwise, in the class and in its callers.
+"""A next release, imitated: GenerationMixin is written otherwise, as its source says today.
 
-python -m tests.soft_prompts.drift static|inputs|private|drafts ARCHITECTURES MODES
-prints, mode by mode, what the public contract answers.
+python -m tests.soft_prompts.drift renamed|drafts ARCHITECTURES MODES
+prints, mode by mode, what the public contract answers there.
 """
 
 from __future__ import annotations
@@ -11,76 +11,61 @@ import json
 import re
 import sys
 import textwrap
+from collections.abc import Callable
 from typing import Any
 
 from transformers.generation import utils
 
-
-def _rewrite(name: str, edit: Any) -> bool:
-    function = vars(utils.GenerationMixin)[name]
-    bare = function.__func__ if isinstance(function, (staticmethod, classmethod)) else function
-    if not inspect.isfunction(bare):
-        return False
-    source = textwrap.dedent(inspect.getsource(bare))
-    edited = edit(source)
-    if edited == source:
-        return False
-    namespace = dict(vars(utils))
-    exec(compile(edited, utils.__file__, "exec"), namespace)
-    setattr(utils.GenerationMixin, name, namespace[bare.__name__])
-    return True
+mixin: Any = utils.GenerationMixin
 
 
-def static() -> None:
-    """The maker of static caches is no longer asked by a name that a subclass could override."""
-    makers = [name for name in ("_prepare_static_cache", "_get_cache") if hasattr(utils.GenerationMixin, name)]
-    pattern = re.compile(rf"self\.({'|'.join(makers)})\(")
-    changed = [
-        _rewrite(name, lambda source: pattern.sub(r"GenerationMixin.\1(self, ", source))
-        for name in list(vars(utils.GenerationMixin))
-    ]
-    assert any(changed)
+def rewrite(edit: Callable[[str], str]) -> set[str]:
+    """Run `edit` over the source of every method; the names of those that it changed."""
+    changed = set()
+    for name, method in list(vars(mixin).items()):
+        function = method.__func__ if isinstance(method, staticmethod | classmethod) else method
+        if not inspect.isfunction(function):
+            continue
+        source = textwrap.dedent(inspect.getsource(function))
+        edited = edit(source)
+        if edited != source:
+            namespace = dict(vars(utils))
+            exec(compile(edited, utils.__file__, "exec"), namespace)
+            setattr(mixin, name, namespace[function.__name__])
+            changed.add(name)
+    return changed
 
 
-def inputs() -> None:
-    """Inputs are prepared by a method of another name."""
-    mixin: Any = utils.GenerationMixin
-    mixin._prepare_inputs = lambda self, *args, **kwargs: type(self).prepare_inputs_for_generation(
-        self, *args, **kwargs
-    )
-    changed = [
-        _rewrite(name, lambda source: source.replace("self.prepare_inputs_for_generation(", "self._prepare_inputs("))
-        for name in list(vars(mixin))
-    ]
-    assert any(changed)
-
-
-def private() -> None:
-    """Every private helper has another name, in the class and in all that call it on self."""
-    mixin: Any = utils.GenerationMixin
+def renamed() -> None:
+    """Every private helper has another name in the class and in all that call it. Static caches are made, and inputs
+    prepared, by calls that no subclass can override."""
     helpers = [name for name in vars(mixin) if re.match(r"_(prepare|get|update|maybe|expand|validate|prefill)", name)]
     helpers = [name for name in helpers if inspect.isroutine(getattr(mixin, name))]
-    pattern = re.compile(rf"\b(self|cls|GenerationMixin|super\(\))\.({'|'.join(helpers)})\b")
-    for name in list(vars(mixin)):
-        _rewrite(name, lambda source: pattern.sub(r"\1.\2_of_another_name", source))
+    private = re.compile(rf"\b(self|cls|GenerationMixin)\.({'|'.join(helpers)})\b")
+    makers = re.compile(r"\bself\.(_prepare_static_cache|_get_cache)_of_another_name\(")
+
+    def edit(source: str) -> str:
+        source = private.sub(r"\1.\2_of_another_name", source)
+        source = makers.sub(r"GenerationMixin.\1_of_another_name(self, ", source)
+        return source.replace("self.prepare_inputs_for_generation(", "self._prepare_inputs(")
+
+    assert {"generate", "_sample", "_beam_search"} <= rewrite(edit)
     for name in helpers:
         setattr(mixin, f"{name}_of_another_name", vars(mixin)[name])
         delattr(mixin, name)
+    mixin._prepare_inputs = lambda self, *args, **kwargs: type(self).prepare_inputs_for_generation(
+        self, *args, **kwargs
+    )
 
 
 def drafts() -> None:
     """Every draft counts as accepted, also where the model says otherwise."""
-    _rewrite(
-        "_assisted_decoding",
-        lambda source: source.replace(
-            "n_matches = ((~(candidate_new_tokens == selected_tokens[:, :-1])).cumsum(dim=-1) < 1).sum()",
-            "n_matches = candidate_length",
-        ),
-    )
+    count = re.compile(r"n_matches = \(\(~\(candidate_new_tokens == .*")
+    assert rewrite(lambda source: count.sub("n_matches = candidate_length", source)) == {"_assisted_decoding"}
 
 
 if __name__ == "__main__":
-    {function.__name__: function for function in (static, inputs, private, drafts)}[sys.argv[1]]()
+    {function.__name__: function for function in (renamed, drafts)}[sys.argv[1]]()
     from ptfix.soft_prompts import public_contract
     from tests.matrix.contract import PublicContract
     from tests.matrix.modes import bench, judge
