@@ -245,16 +245,17 @@ def padded_rows_need_one_span() -> bool:
 
 
 def lay_in(past_key_values: Any, prefix: KeyValues, first: torch.Tensor, base_model: Any) -> Any:
-    """An empty cache that takes `prefix` for what the next feed says at the positions from ``first [batch]`` on.
+    """An empty cache that takes `prefix` for what is fed at the positions from ``first [rows]`` on.
 
-    So a prefix can stand behind padding, and be fed in one span with the text: sliding windows count places. The feed
-    must reach beyond these positions; what it says there is not read. A cache given is changed in place, until then.
+    So a prefix can stand behind padding, and be fed in one span or in chunks with the text: sliding windows count
+    places. What is fed at the positions of the prefix is not read. A cache given is changed in place, until the last
+    of these positions has been fed.
     """
     if not is_cache(past_key_values):
         past_key_values = new(base_model)
-    places = first.unsqueeze(1) + torch.arange(_first(prefix)[0].shape[-2], device=first.device)
+    stop = int(first.max()) + _first(prefix)[0].shape[-2]
     vars(past_key_values)["_ptfix_laid_in"] = {
-        layer: (*pair, places[:, None, :, None]) for layer, pair in enumerate(prefix) if pair is not None
+        layer: (*pair, first, 0, stop) for layer, pair in enumerate(prefix) if pair is not None
     }
     past_key_values.__class__ = _laid_in_class(type(past_key_values))  # type: ignore[arg-type]
     return past_key_values
@@ -265,15 +266,27 @@ def _laid_in_class(kind: type[Any]) -> type[Any]:
     def update(self: Any, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         waiting = vars(self)["_ptfix_laid_in"]
         if layer_idx in waiting:
-            prefix_key, prefix_value, places = waiting.pop(layer_idx)
-            key = key.scatter(2, places.expand_as(prefix_key), prefix_key.to(key.dtype))
-            value = value.scatter(2, places.expand_as(prefix_value), prefix_value.to(value.dtype))
+            prefix_key, prefix_value, first, start, stop = waiting.pop(layer_idx)
+            fed_to = start + key.shape[2]
+            source = torch.arange(start, fed_to, device=key.device) - first.to(key.device).unsqueeze(1)
+            key, value = _over(key, prefix_key, source), _over(value, prefix_value, source)
+            if fed_to < stop:
+                waiting[layer_idx] = (prefix_key, prefix_value, first, fed_to, stop)
         if not waiting:
             del vars(self)["_ptfix_laid_in"]
             self.__class__ = kind
         return kind.update(self, key, value, layer_idx, *args, **kwargs)
 
     return type(kind.__name__, (kind,), {"update": update, "__module__": kind.__module__})
+
+
+def _over(fed: torch.Tensor, laid: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """`fed [rows, heads, tokens, dim]`, with `laid` in place of it where ``source [rows, tokens]`` is one of its
+    positions."""
+    inside = ((source >= 0) & (source < laid.shape[2]))[:, None, :, None]
+    source = source.clamp(0, laid.shape[2] - 1)[:, None, :, None]
+    heads, tokens, dim = laid.shape[1], fed.shape[2], laid.shape[3]
+    return torch.where(inside, laid.to(fed).gather(2, source.expand(-1, heads, tokens, dim)), fed)
 
 
 def new(base_model: Any) -> Any:
