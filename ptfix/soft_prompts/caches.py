@@ -77,6 +77,12 @@ def length(past_key_values: Any) -> int:
     return int(past_key_values.get_seq_length() or 0)
 
 
+def keeps_states(past_key_values: Any) -> bool:
+    """Are all layers recurrent, so that the cache keeps states and cannot say how many positions made them?"""
+    linear = getattr(past_key_values, "is_linear", None)
+    return isinstance(linear, list) and bool(linear) and all(linear)
+
+
 def _sliding_layers(past_key_values: Any) -> Any:
     """Which layers of a HybridCache have a sliding window; the attribute had another name in 4.52 and 4.53."""
     return getattr(past_key_values, "is_sliding", getattr(past_key_values, "is_sliding_list", None))
@@ -95,7 +101,7 @@ class OnLayers:
 
 def crop(past_key_values: Any, positions: int) -> Any:
     """The cache with only its first `positions` positions; raises ValueError for a cache that cannot forget."""
-    if past_key_values is None or length(past_key_values) <= positions:
+    if past_key_values is None or keeps_states(past_key_values) or length(past_key_values) <= positions:
         return past_key_values
     if is_cache(past_key_values):
         if positions == 0 and not hasattr(past_key_values, "crop"):
