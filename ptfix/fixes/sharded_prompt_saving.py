@@ -48,13 +48,11 @@ def _probe() -> str | None:
 FIX = Fix(
     id="sharded-prompt-saving",
     why="a soft prompt trained with FSDP2 cannot be saved: what peft saves is computed with shards",
-    link="https://github.com/huggingface/peft/issues/2256",
+    link="https://github.com/huggingface/peft/issues/2344",
     affects={},
     probe=_probe,
     edits=(
-        Edit(
-            "peft.peft_model:PeftModel.get_prompt_embedding_to_save", _wrap_embedding, ("self", "adapter_name")
-        ),
+        Edit("peft.peft_model:PeftModel.get_prompt_embedding_to_save", _wrap_embedding, ("self", "adapter_name")),
         Edit("peft.peft_model:PeftModel.save_pretrained", _wrap_save, ("self", "save_directory", "kwargs")),
     ),
     retire_when="peft gathers a sharded prompt encoder before it computes what to save (0.21.2 does not)",

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ptfix.soft_prompts import tensor_parallel
+
 KeyValues = list[tuple[torch.Tensor, torch.Tensor]]
 
 #: peft types whose soft prompt lives in the KV cache; every other prompt-learning type has embeddings.
@@ -94,4 +96,10 @@ class SoftPrompt:
         heads = config.num_attention_heads
         flat = flat.view(1, self.length, config.num_layers, 2, heads, config.token_dim // heads)
         layers = flat.permute(2, 3, 0, 4, 1, 5).expand(-1, -1, batch_size, -1, -1, -1)
+        base = peft_model.base_model
+        if tensor_parallel.is_split(base):
+            return [
+                (tensor_parallel.share(key, index, base), tensor_parallel.share(value, index, base))
+                for index, (key, value) in enumerate(layers)
+            ]
         return [(layer[0], layer[1]) for layer in layers]
