@@ -45,14 +45,18 @@ def is_traced() -> bool:
     return bool(torch.compiler.is_compiling())
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # so that it runs while a graph is built and leaves nothing in it
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # runs while a graph is built, not in it
 def say_that_graphs_keep_padding() -> None:
     """Warn, once in a process, that a compiled forward() trains left-padded rows as the host does."""
-    logger.warning(
+    _say_once(
         "torch.compile: a compiled forward() cannot move padding that stands left of a text. Pad on the right "
         "(tokenizer.padding_side = 'right'), or left-padded rows are trained at other positions than alone."
     )
+
+
+@cache
+def _say_once(sentence: str) -> None:
+    logger.warning(sentence)
 
 
 def padding_on_the_right(
