@@ -19,6 +19,7 @@ def as_forward(peft_model: Any, call: Callable[[], Any]) -> Any:
     """What `call` returns, with the parameters of a sharded `peft_model` gathered as they are for its forward.
 
     generate() is no forward to FSDP2, but it embeds text and computes the soft prompt with the same parameters.
+    Afterwards they are shards again where they were.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")  # without it nothing is sharded
     if fsdp is None or not isinstance(peft_model, getattr(fsdp, "FSDPModule", ())):
@@ -32,6 +33,7 @@ def as_forward(peft_model: Any, call: Callable[[], Any]) -> Any:
         except BaseException as error:  # FSDP2 has to leave this forward, or the next one starts inside of it
             errors.append(error)
 
+    was_sharded = any(hasattr(parameter, "full_tensor") for parameter in peft_model.prompt_encoder.parameters())
     name = "_ptfix_forward"
     vars(peft_model)[name] = forward
     try:
@@ -39,6 +41,8 @@ def as_forward(peft_model: Any, call: Callable[[], Any]) -> Any:
         getattr(peft_model, name)()
     finally:
         del vars(peft_model)[name]
+    if was_sharded:
+        peft_model.reshard()
     if errors:
         raise errors[0]
     return answers[0]
