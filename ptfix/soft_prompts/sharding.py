@@ -21,8 +21,9 @@ def as_forward(peft_model: Any, call: Callable[[], Any]) -> Any:
     generate() is no forward to FSDP2, but it embeds text and computes the soft prompt with the same parameters.
     Afterwards they are shards again where they were.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # without it nothing is sharded
-    if fsdp is None or not isinstance(peft_model, getattr(fsdp, "FSDPModule", ())):
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # without it nothing is sharded
+    kind: Any = getattr(fsdp, "FSDPModule", ())
+    if not isinstance(peft_model, kind):
         return call()
     answers: list[Any] = []
     errors: list[BaseException] = []

@@ -59,7 +59,7 @@ def _probe_heads(base_model: Any) -> list[int | None]:
     return [None if key is None else key.shape[1] for key, _ in caches.pairs(cache)]
 
 
-class _Share(torch.autograd.Function):
+class _Share(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped here
     """Some of the heads; backwards, the gradients of all heads from all processes."""
 
     @staticmethod
@@ -68,7 +68,7 @@ class _Share(torch.autograd.Function):
         return states.narrow(1, first, heads).clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         shape, first, heads, mesh = ctx.where
         whole = gradient.new_zeros(shape)
         whole.narrow(1, first, heads).copy_(gradient)

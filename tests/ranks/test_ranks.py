@@ -37,27 +37,41 @@ SHARDING = {
 }
 
 
-@functools.cache
 def ran(what: str) -> tuple[Path, list[dict[str, Any]]]:
     """The folder and what each of two processes found."""
     folder = Path(tempfile.mkdtemp(prefix="ptfix-ranks-"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **(SHARDING if what == "trainer" else {})}
-    done = subprocess.run(
-        [*command, "-m", "tests.ranks.run", what, str(folder)],
-        cwd=Path(__file__).parents[2],
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=SECONDS,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    with (folder / "log").open("w+") as log:
+        process = subprocess.Popen(
+            [*command, "-m", "tests.ranks.run", what, str(folder)],
+            cwd=Path(__file__).parents[2],
+            env=env,
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            status = process.wait(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends its two processes, which kill() would leave behind
+            process.wait()
+            raise
+    assert status == 0, (folder / "log").read_text()[-4000:]
     return folder, [torch.load(folder / f"rank-{rank}.pt") for rank in (0, 1)]
 
 
-def as_in_one_process(kind: str, method: str) -> None:
-    for found in ran("models")[1]:
+@pytest.fixture(scope="module")
+def models() -> tuple[Path, list[dict[str, Any]]]:
+    return ran("models")
+
+
+@pytest.fixture(scope="module")
+def trainer() -> tuple[Path, list[dict[str, Any]]]:
+    return trainer
+
+
+def as_in_one_process(processes: list[dict[str, Any]], kind: str, method: str) -> None:
+    for found in processes:
         for what, (got, true) in found[kind][method].items():
             assert got.abs().max() > 0, f"{what}: nothing there"
             if got.is_floating_point():
@@ -67,39 +81,39 @@ def as_in_one_process(kind: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", run.METHODS)
-def test_fsdp2(method: str) -> None:
-    as_in_one_process("fsdp2", method)
+def test_fsdp2(models: Any, method: str) -> None:
+    as_in_one_process(models[1], "fsdp2", method)
 
 
 @pytest.mark.parametrize("method", run.METHODS)
-def test_a_prompt_sharded_by_fsdp2_is_saved_whole(method: str) -> None:
-    folder, _ = ran("models")
+def test_a_prompt_sharded_by_fsdp2_is_saved_whole(models: Any, method: str) -> None:
+    folder, _ = models
     for how in ("all", "one"):
         assert_saved(folder / how / method, wrap(base_model("llama"), method))
     assert not list((folder / "none").rglob("adapter_model*"))
 
 
 @pytest.mark.parametrize("method", run.METHODS)
-def test_fsdp1(method: str) -> None:
-    as_in_one_process("fsdp1", method)
-    assert_saved(ran("models")[0] / "fsdp1" / method, wrap(base_model("llama"), method))
+def test_fsdp1(models: Any, method: str) -> None:
+    as_in_one_process(models[1], "fsdp1", method)
+    assert_saved(models[0] / "fsdp1" / method, wrap(base_model("llama"), method))
 
 
 @needs_tensor_parallel
 @pytest.mark.parametrize("method", run.METHODS)
-def test_tensor_parallel(method: str) -> None:
-    as_in_one_process("tensor parallel", method)
+def test_tensor_parallel(models: Any, method: str) -> None:
+    as_in_one_process(models[1], "tensor parallel", method)
 
 
 @pytest.mark.parametrize("method", run.METHODS)
-def test_ddp(method: str) -> None:
-    as_in_one_process("ddp", method)
+def test_ddp(models: Any, method: str) -> None:
+    as_in_one_process(models[1], "ddp", method)
 
 
 @needs_fsdp2_in_accelerate
 @pytest.mark.parametrize("method", [*run.METHODS, "lora"])
-def test_trainer_with_fsdp2_and_all_callbacks(method: str, tmp_path: Path) -> None:
-    folder, (first, second) = ran("trainer")
+def test_trainer_with_fsdp2_and_all_callbacks(trainer: Any, method: str) -> None:
+    folder, (first, second) = trainer
     assert "FSDP" in first[method]["kind"]
     warned = first[method]["warned"]
     left_out = [message for message in warned if "each process holds only a part of the weights" in message]
