@@ -89,7 +89,8 @@ def uneven(model: Any, alone: Any) -> tuple[torch.Tensor, torch.Tensor]:
     # Older releases know no FSDP and have to be asked that the processes wait for each other.
     synced = None if hasattr(transformers.generation.utils, "is_fsdp_managed_module") else True
     end = expected.tolist().index(stop) + 1 if stop in expected else NEW_TOKENS
-    out = model.generate(input_ids=row[None], attention_mask=torch.ones_like(row[None]), **GREEDY, eos_token_id=stop)
+    options = {**GREEDY, "eos_token_id": stop, "synced_gpus": synced}
+    out = model.generate(input_ids=row[None], attention_mask=torch.ones_like(row[None]), **options)
     return out[0, len(row) :], expected[:end]
 
 
