@@ -89,14 +89,14 @@ def test_fsdp2(models: Any, method: str) -> None:
 def test_a_prompt_sharded_by_fsdp2_is_saved_whole(models: Any, method: str) -> None:
     folder, _ = models
     for how in ("all", "one"):
-        assert_saved(folder / how / method, wrap(base_model("llama"), method))
+        assert_saved(folder / how / method, method)
     assert not list((folder / "none").rglob("adapter_model*"))
 
 
 @pytest.mark.parametrize("method", run.METHODS)
 def test_fsdp1(models: Any, method: str) -> None:
     as_in_one_process(models[1], "fsdp1", method)
-    assert_saved(models[0] / "fsdp1" / method, wrap(base_model("llama"), method))
+    assert_saved(models[0] / "fsdp1" / method, method)
 
 
 @needs_tensor_parallel
@@ -147,9 +147,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(load_file(folder / "adapter_model.safetensors"))
 
 
-def assert_saved(folder: Path, model: Any) -> None:
-    """What lies in `folder` loads in one process and is bit for bit the soft prompt of `model`."""
-    loaded = peft.PeftModel.from_pretrained(base_model("llama"), folder)
+def assert_saved(folder: Path, method: str) -> None:
+    """What lies in `folder` loads in one process and is bit for bit what was wrapped."""
     ids = torch.tensor([[5, 9, 23]])
-    with torch.no_grad():
-        assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    ptfix.apply()  # older releases of peft cannot run a prefix for grouped heads
+    try:
+        model = wrap(base_model("llama"), method)
+        loaded = peft.PeftModel.from_pretrained(base_model("llama"), folder)
+        with torch.no_grad():
+            assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    finally:
+        ptfix.revert()
