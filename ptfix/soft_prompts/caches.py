@@ -10,13 +10,16 @@ import copy
 import functools
 import importlib.util
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 
 from ptfix.soft_prompts import padding, views
-from ptfix.soft_prompts.adapter import KeyValues, SoftPrompt
+
+if TYPE_CHECKING:
+    from ptfix.soft_prompts.adapter import KeyValues, SoftPrompt
 
 _legacy_layouts: WeakKeyDictionary[torch.nn.Module, list[tuple[int, ...]] | None] = WeakKeyDictionary()
 
@@ -182,25 +185,43 @@ def rolled(past_key_values: Any, shifts: torch.Tensor) -> Any:
     """
     if not is_cache(past_key_values):
         return None  # legacy tuples keep their positions in a different place in each architecture
-    layers = getattr(past_key_values, "layers", None)
     held = length(past_key_values)
-    pairs = (
-        [(vars(layer).get("keys"), vars(layer).get("values")) for layer in layers]
-        if layers is not None
-        else list(zip(past_key_values.key_cache, past_key_values.value_cache, strict=True))
-    )
-    if any(not isinstance(each, torch.Tensor) or each.shape[-2] != held for pair in pairs for each in pair):
+    if any(each is None or each.shape[-2] != held for pair in pairs(past_key_values) for each in pair):
         return None
-    moved = copy.copy(past_key_values)
-    new_pairs = [tuple(padding.roll(each, shifts, -2) for each in pair) for pair in pairs]
+    return changed(past_key_values, lambda states, layer: padding.roll(states, shifts, -2))
+
+
+def pairs(past_key_values: Any) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
+    """Each layer's keys and values; None for a layer that has none, or none yet."""
+    layers = getattr(past_key_values, "layers", None)
+    if not is_cache(past_key_values):
+        found = [(layer[0], layer[1]) for layer in past_key_values]
+    elif layers is not None:
+        found = [(vars(layer).get("keys"), vars(layer).get("values")) for layer in layers]
+    else:
+        found = list(zip(past_key_values.key_cache, past_key_values.value_cache, strict=True))
+    return [tuple(each if isinstance(each, torch.Tensor) else None for each in pair) for pair in found]  # type: ignore[misc]
+
+
+def changed(past_key_values: Any, change: Callable[[torch.Tensor, int], torch.Tensor]) -> Any:
+    """A copy of a cache with ``change(keys or values, layer)`` in place of each layer's."""
+    new_pairs = [
+        tuple(None if each is None else change(each, index) for each in pair)
+        for index, pair in enumerate(pairs(past_key_values))
+    ]
+    if not is_cache(past_key_values):
+        return tuple(new_pairs)
+    copied = copy.copy(past_key_values)
+    layers = getattr(past_key_values, "layers", None)
     if layers is None:
-        moved.key_cache = [key for key, _ in new_pairs]
-        moved.value_cache = [value for _, value in new_pairs]
-        return moved
-    moved.layers = [copy.copy(layer) for layer in layers]
-    for layer, (key, value) in zip(moved.layers, new_pairs, strict=True):
-        layer.keys, layer.values = key, value
-    return moved
+        copied.key_cache = [key for key, _ in new_pairs]
+        copied.value_cache = [value for _, value in new_pairs]
+        return copied
+    copied.layers = [copy.copy(layer) for layer in layers]
+    for layer, (key, value) in zip(copied.layers, new_pairs, strict=True):
+        if key is not None:
+            layer.keys, layer.values = key, value
+    return copied
 
 
 def _caches_can_be_cropped() -> bool:
