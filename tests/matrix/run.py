@@ -124,17 +124,18 @@ def main() -> int:
     parser.add_argument(
         "--brief", action="store_true", help=f"methods other than {CENTRAL_METHODS} on {CENTRAL_ARCHITECTURES} only"
     )
+    parser.add_argument("--zoo", action="store_true", help="every architecture that this transformers has")
     parser.add_argument("--no-stock", action="store_true", help="only with ptfix")
     parser.add_argument("--record", action="store_true", help="write the cell into compat_matrix.yaml")
     parser.add_argument("--json", type=Path, help="write the cell there")
     args = parser.parse_args()
     try:
-        from tests.matrix import models, modes
+        from tests.matrix import models, modes, zoo
     except ImportError as error:
         cell = not_importable(error)
     else:
         cell = measure(
-            args.architectures or list(models.ARCHITECTURES),
+            args.architectures or list(zoo.architectures() if args.zoo else models.ARCHITECTURES),
             args.methods or list(models.METHODS),
             args.modes or list(modes.MODES),
             stock=not args.no_stock,
