@@ -133,14 +133,13 @@ WELL_KNOWN = frozenset(
 #: What peft does not find in these configs and its users give by hand.
 _BY_HAND = {"num_layers": 2, "num_attention_heads": HEADS, "token_dim": HIDDEN}
 _WITHOUT_SIZES = ("mpt", "xglm", "rwkv", "falcon_mamba")
-_ONE_KEY_FOR_ALL_HEADS = ("falcon", "gpt_bigcode")
 
 
 def adapter_sizes(architecture: str, method: str) -> dict[str, int]:
     """What peft must be told to make an adapter of `method`; empty for most."""
     if architecture in _WITHOUT_SIZES:
         return _BY_HAND
-    if architecture in _ONE_KEY_FOR_ALL_HEADS and method.startswith("prefix"):
+    if architecture == "falcon" and method.startswith("prefix"):  # one key for all heads
         return {"num_attention_heads": 1, "token_dim": HEAD_DIM}
     return {}
 
