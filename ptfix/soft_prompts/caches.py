@@ -15,10 +15,39 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ptfix.soft_prompts import views
-from ptfix.soft_prompts.adapter import KeyValues
+from ptfix.soft_prompts import padding, views
+from ptfix.soft_prompts.adapter import KeyValues, SoftPrompt
 
 _legacy_layouts: WeakKeyDictionary[torch.nn.Module, list[tuple[int, ...]] | None] = WeakKeyDictionary()
+
+#: What hosts call the KV cache, in arguments and in outputs; transformers 5.24 renamed it.
+_NAMES = ("cache", "past_key_values")
+
+
+@functools.cache
+def keyword() -> str:
+    """The name by which this host's generate() hands the KV cache on, and by which its outputs return it."""
+    from transformers import GenerationMixin
+
+    parameters = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return next((name for name in _NAMES if name in parameters), "past_key_values")
+
+
+def taken_from(arguments: dict[str, Any]) -> Any:
+    """The KV cache among a call's arguments, taken out of them under whichever name it stands there."""
+    found = [arguments.pop(name, None) for name in _NAMES]
+    return next((value for value in found if value is not None), None)
+
+
+def name_in(outputs: Any) -> str | None:
+    """The key of a model's or generate()'s outputs that holds a KV cache; None where there is none."""
+    return next((name for name in _NAMES if name in outputs and outputs[name] is not None), None)
+
+
+def of(outputs: Any) -> Any:
+    """The KV cache in a model's or generate()'s outputs, or None."""
+    name = name_in(outputs)
+    return None if name is None else outputs[name]
 
 
 def is_cache(past_key_values: Any) -> bool:
@@ -72,7 +101,8 @@ def crop(past_key_values: Any, positions: int) -> Any:
         if positions == 0 and not hasattr(past_key_values, "crop"):
             past_key_values.reset()
         elif hasattr(past_key_values, "crop"):
-            past_key_values.crop(positions)
+            # How many to remove: since transformers 5.20 a positive number, the length to keep, raises.
+            past_key_values.crop(positions - length(past_key_values))
         else:
             raise ValueError(
                 f"a {type(past_key_values).__name__} cannot be cropped; pass a DynamicCache or a shorter cache."
@@ -81,6 +111,33 @@ def crop(past_key_values: Any, positions: int) -> Any:
     if positions == 0:
         return None
     raise ValueError("a legacy tuple of past_key_values longer than the text cannot be continued; pass the full text.")
+
+
+def prefix_of(prompt: SoftPrompt, batch_size: int) -> KeyValues:
+    """The prefix as training gives it to each layer.
+
+    Layers may differ in their heads, or take no prefix (Gemma 4). What peft's own get_prompt() makes of each says so,
+    where hosts have caches made of layers.
+    """
+    from transformers import DynamicCache
+
+    stored = prompt.key_values(batch_size)
+    if not hasattr(DynamicCache(), "layers"):
+        return stored
+    layers = prompt.peft_model.get_prompt(batch_size=batch_size).layers
+    shaped: KeyValues = []
+    for layer, pair in zip(layers, stored, strict=False):
+        held = getattr(layer, "keys", None)
+        if pair is None or held is None or not held.numel():
+            shaped.append(None)
+        else:
+            heads, dim = held.shape[1], held.shape[-1]
+            shaped.append((pair[0][:, :heads, :, :dim], pair[1][:, :heads, :, :dim]))
+    return shaped
+
+
+def _first(prefix: KeyValues) -> tuple[torch.Tensor, torch.Tensor]:
+    return next(pair for pair in prefix if pair is not None)
 
 
 def fill(past_key_values: Any, prefix: KeyValues, base_model: Any) -> Any:
@@ -95,12 +152,14 @@ def fill(past_key_values: Any, prefix: KeyValues, base_model: Any) -> Any:
         if not _caches_can_be_cropped():
             return tuple(prefix)
         past_key_values = new(base_model)
-    positions = torch.arange(prefix[0][0].shape[-2], device=prefix[0][0].device)
+    first, _ = _first(prefix)
+    positions = torch.arange(first.shape[-2], device=first.device)
     is_sliding = _sliding_layers(past_key_values)
     layers = getattr(past_key_values, "layers", None) or []
-    for index, (key, value) in enumerate(prefix):
-        if index < len(layers) and not hasattr(layers[index], "get_mask_sizes"):
+    for index, pair in enumerate(prefix):
+        if pair is None or (index < len(layers) and not hasattr(layers[index], "get_mask_sizes")):
             continue  # a recurrent layer keeps a state, not positions: there is no prefix to give it
+        key, value = pair
         sliding = is_sliding is not None and index < len(is_sliding) and bool(is_sliding[index])
         options = {
             "cache_position": positions,
@@ -108,6 +167,34 @@ def fill(past_key_values: Any, prefix: KeyValues, base_model: Any) -> Any:
         }
         past_key_values.update(key, value, index, options)
     return past_key_values
+
+
+def rolled(past_key_values: Any, shifts: torch.Tensor) -> Any:
+    """The cache with each row's positions rolled by its own ``shifts [batch]`` to the right.
+
+    None where that cannot be: a sliding window has let go of positions, or a layer keeps a state in place of positions.
+    """
+    if not is_cache(past_key_values):
+        return None  # legacy tuples keep their positions in a different place in each architecture
+    layers = getattr(past_key_values, "layers", None)
+    held = length(past_key_values)
+    pairs = (
+        [(vars(layer).get("keys"), vars(layer).get("values")) for layer in layers]
+        if layers is not None
+        else list(zip(past_key_values.key_cache, past_key_values.value_cache, strict=True))
+    )
+    if any(not isinstance(each, torch.Tensor) or each.shape[-2] != held for pair in pairs for each in pair):
+        return None
+    moved = copy.copy(past_key_values)
+    new_pairs = [tuple(padding.roll(each, shifts, -2) for each in pair) for pair in pairs]
+    if layers is None:
+        moved.key_cache = [key for key, _ in new_pairs]
+        moved.value_cache = [value for _, value in new_pairs]
+        return moved
+    moved.layers = [copy.copy(layer) for layer in layers]
+    for layer, (key, value) in zip(moved.layers, new_pairs, strict=True):
+        layer.keys, layer.values = key, value
+    return moved
 
 
 def _caches_can_be_cropped() -> bool:
@@ -123,9 +210,9 @@ def window(base_model: Any) -> int | None:
     return getattr(text_config(base_model), "sliding_window", None)
 
 
-def counts_places(base_model: Any) -> bool:
-    """Does a sliding window count places in a Cache, so that it matters where a prefix stands?"""
-    return window(base_model) is not None and _caches_can_be_cropped() and legacy_layout(base_model) is None
+def can_lay_in(base_model: Any) -> bool:
+    """Does this model read Cache objects, so that a prefix can stand behind a row's padding?"""
+    return _caches_can_be_cropped() and legacy_layout(base_model) is None
 
 
 def wants_one_span(base_model: Any, tokens: int) -> bool:
@@ -135,7 +222,8 @@ def wants_one_span(base_model: Any, tokens: int) -> bool:
     the text, and (from 4.48 on) cuts its mask, but not its keys, to the window.
     """
     return (
-        counts_places(base_model)
+        window(base_model) is not None
+        and can_lay_in(base_model)
         and tokens > (window(base_model) or 0)
         and importlib.util.find_spec("transformers.masking_utils") is None
     )
@@ -149,9 +237,9 @@ def lay_in(past_key_values: Any, prefix: KeyValues, first: torch.Tensor, base_mo
     """
     if not is_cache(past_key_values):
         past_key_values = new(base_model)
-    places = first.unsqueeze(1) + torch.arange(prefix[0][0].shape[-2], device=first.device)
+    places = first.unsqueeze(1) + torch.arange(_first(prefix)[0].shape[-2], device=first.device)
     vars(past_key_values)["_ptfix_laid_in"] = {
-        layer: (key, value, places[:, None, :, None]) for layer, (key, value) in enumerate(prefix)
+        layer: (*pair, places[:, None, :, None]) for layer, pair in enumerate(prefix) if pair is not None
     }
     past_key_values.__class__ = _laid_in_class(type(past_key_values))  # type: ignore[arg-type]
     return past_key_values
@@ -238,21 +326,22 @@ def _replayable_class(kind: type) -> type:
 
 
 def _legacy(prefix: KeyValues, layout: list[tuple[int, ...]]) -> Any:
-    batch, heads, tokens, dim = prefix[0][0].shape
+    pairs = [pair for pair in prefix if pair is not None]
+    batch, heads, tokens, dim = pairs[0][0].shape
     if len(layout) == 1:  # one tensor [batch, tokens, 2 * head dim]: multi-query attention keeps key and value together
-        return tuple(torch.cat((key[:, 0], value[:, 0]), dim=-1) for key, value in prefix)
+        return tuple(torch.cat((key[:, 0], value[:, 0]), dim=-1) for key, value in pairs)
     ranks = [len(shape) for shape in layout]
     if ranks == [4, 4]:
-        return tuple(prefix)
+        return tuple(pairs)
     if ranks == [3, 3] and layout[0][-1] == _PROBE_TOKENS:  # bloom: keys [batch * heads, dim, tokens]
         return tuple(
             (key.transpose(2, 3).reshape(batch * heads, dim, tokens), value.reshape(batch * heads, tokens, dim))
-            for key, value in prefix
+            for key, value in pairs
         )
     if ranks == [3, 3]:  # falcon: [batch * heads, tokens, dim]
         return tuple(
             (key.reshape(batch * heads, tokens, dim), value.reshape(batch * heads, tokens, dim))
-            for key, value in prefix
+            for key, value in pairs
         )
     raise NotImplementedError(f"past_key_values in an unknown layout {layout}: prefix tuning cannot fill them.")
 
@@ -266,7 +355,8 @@ def _probe_legacy_layout(base_model: Any) -> list[tuple[int, ...]] | None:
     view = views.tree(base_model, lambda twin, module: twin.__dict__.update(training=False))
     with torch.no_grad():
         output = view(input_ids=torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=device), use_cache=True)
-    if output.past_key_values is None or is_cache(output.past_key_values):
+    held = of(output)
+    if held is None or is_cache(held):
         return None
-    first = output.past_key_values[0]
+    first = held[0]
     return [tuple(first.shape)] if isinstance(first, torch.Tensor) else [tuple(part.shape) for part in first]
