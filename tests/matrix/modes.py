@@ -20,7 +20,8 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ptfix.soft_prompts import caches, reference
-from tests.matrix.models import VIRTUAL_TOKENS, VOCAB, base_model, task_ids, wrap
+from tests.matrix import zoo
+from tests.matrix.models import ARCHITECTURES, VIRTUAL_TOKENS, VOCAB, base_model, task_ids, wrap
 
 Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]
 NEW = 5
@@ -564,10 +565,11 @@ MODES: dict[str, Callable[[Bench], Pairs]] = {
 def bench(architecture: str, method: str) -> Bench:
     """With the first adapter that answers otherwise than its base: or a mode that ignores it would pass."""
     base = base_model(architecture)
+    sizes = {} if architecture in ARCHITECTURES else zoo.adapter_sizes(architecture, method)
     ids = torch.randint(2, VOCAB, (1, 9), generator=torch.Generator().manual_seed(7))
     plain_ids, _ = reference.greedy(base, ids, NEW)
     for seed in range(1, 20):
-        candidate = Bench(architecture, method, base, wrap(base, method, seed))
+        candidate = Bench(architecture, method, base, wrap(base, method, seed, **sizes))
         if not torch.equal(candidate.truth(candidate.ids)[0], plain_ids):
             return candidate
     raise RuntimeError(f"no adapter of {method} on {architecture} acts")

@@ -179,6 +179,8 @@ def _small(default: Any, sizes: dict[str, Any]) -> dict[str, Any]:
     given = {name: size for name, size in _SMALL.items() if name not in fixed and _held(default, name)}
     if "qk_rope_head_dim" in given:  # latent attention: a key for each head
         given["num_key_value_heads"] = HEADS
+    if _held(default, "tie_word_embeddings"):
+        given["tie_word_embeddings"] = False  # or a sharp model repeats what it read last, whatever stands before
     given |= {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
     depth = next((getattr(default, name) for name in _DEPTHS if getattr(default, name, None)), None)
     layers = 2
