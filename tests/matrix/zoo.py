@@ -79,6 +79,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "gemma4_text": _GEMMA4,
     "gemma4": {"text_config": _GEMMA4},
     "granitemoehybrid": {**_MAMBA, "layer_types": ["mamba", "attention"]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "hunyuan_v1_dense": {"head_dim": HEAD_DIM},
     "hunyuan_v1_moe": {"head_dim": HEAD_DIM, "moe_topk": 2},
     "gemma3n_text": {
