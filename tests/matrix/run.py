@@ -135,16 +135,17 @@ def main() -> int:
     parser.add_argument(
         "--runners", type=lambda text: text.split(","), default=["ptfix", "stock"], help=f"of {', '.join(RUNNERS)}"
     )
+    parser.add_argument("--zoo", action="store_true", help="every architecture that this transformers has")
     parser.add_argument("--record", action="store_true", help="write the cell into compat_matrix.yaml")
     parser.add_argument("--json", type=Path, help="write the cell there")
     args = parser.parse_args()
     try:
-        from tests.matrix import models, modes
+        from tests.matrix import models, modes, zoo
     except ImportError as error:
         cell = not_importable(error)
     else:
         cell = measure(
-            args.architectures or list(models.ARCHITECTURES),
+            args.architectures or list(zoo.architectures() if args.zoo else models.ARCHITECTURES),
             args.methods or list(models.METHODS),
             args.modes or list(modes.MODES),
             runners=args.runners,
