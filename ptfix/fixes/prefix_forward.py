@@ -22,9 +22,9 @@ def _full_attention_fails() -> bool:
 
 def _is_ours(peft_model: Any) -> bool:
     """Has this model a prefix that the host does not read? Where only sliding windows fail, the others stay stock's."""
-    from ptfix.soft_prompts import adapter, caches
+    from ptfix.soft_prompts import adapter, caches, training
 
-    if not adapter.has_prefix(peft_model):
+    if training.is_traced() or not adapter.has_prefix(peft_model):  # a graph stays the host's own, without a break
         return False
     return _full_attention_fails() or caches.window(peft_model.base_model) is not None
 
