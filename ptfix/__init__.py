@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -48,16 +47,7 @@ def apply(strict: bool | None = None) -> Report:
     Raises:
         PatchError: strict, and a needed fix could not be applied; the hosts are as they were.
     """
-    if strict is None:
-        strict = _strict_by_environment()
-    report = _patcher().apply(strict)
-    _strict.update(asked=_strict["asked"] or strict)
-    return report
-
-
-def is_strict() -> bool:
-    """Was `strict` asked for, by ``apply(strict=True)`` since the last `revert()` or by PTFIX_STRICT?"""
-    return _strict["asked"] or _strict_by_environment()
+    return _patcher().apply(strict)
 
 
 def status() -> Report:
@@ -68,14 +58,8 @@ def status() -> Report:
 def revert() -> None:
     """Make every host attribute again the very object it was; models built meanwhile obey too."""
     _patcher().revert()
-    _strict.update(asked=False)
 
 
-def _strict_by_environment() -> bool:
-    return os.environ.get("PTFIX_STRICT", "0") not in ("", "0")
-
-
-_strict = {"asked": False}
 _lock = threading.Lock()
 
 

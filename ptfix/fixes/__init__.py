@@ -7,6 +7,7 @@ from ptfix.fixes import (
     chat_template_saving,
     first_use_check,
     left_padded_forward,
+    prefix_checkpointing,
     prefix_forward,
     prefix_sizes,
     soft_prompt_generate,
@@ -17,6 +18,7 @@ from ptfix.patching import Fix
 ALL: tuple[Fix, ...] = (
     prefix_sizes.FIX,
     prefix_forward.FIX,
+    prefix_checkpointing.FIX,
     left_padded_forward.FIX,
     soft_prompt_generate.FIX,
     active_adapters.FIX,

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from ptfix.patching import Edit, Fix, PatchError
+from ptfix.patching import Edit, Fix, PatchError, is_strict
 
 log = logging.getLogger("ptfix")
 
@@ -58,9 +58,7 @@ def _wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _tell(finding: Any) -> None:
     """A warning; an error where a difference was found and `strict` was asked for."""
-    import ptfix
-
-    if finding.wrong and ptfix.is_strict():
+    if finding.wrong and is_strict():
         raise PatchError(finding.sentence)
     log.warning("%s", finding.sentence)
 

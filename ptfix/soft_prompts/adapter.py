@@ -24,15 +24,24 @@ def active_config(peft_model: Any) -> Any:
 
 
 def has_soft_prompt(peft_model: Any) -> bool:
-    """Is the active adapter a decoder-only prompt-learning one, and switched on?
+    """Is the active adapter a decoder-only prompt-learning one for causal language modelling, and switched on?
 
     disable_adapter() hangs the base model's forward on the PeftModel; that is the one sign all releases of peft share.
     """
+    from peft import PeftModelForCausalLM
+
     base = peft_model.base_model
     encoder_decoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    if not isinstance(peft_model, PeftModelForCausalLM):
+        return False
     if not active_config(peft_model).is_prompt_learning or encoder_decoder:
         return False
     return bool(vars(peft_model).get("forward") != base.forward)
+
+
+def has_prefix(peft_model: Any) -> bool:
+    """Is the active soft prompt a prefix: keys and values in the KV cache?"""
+    return has_soft_prompt(peft_model) and SoftPrompt(peft_model).is_prefix
 
 
 @dataclass(frozen=True)

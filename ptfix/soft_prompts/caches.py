@@ -15,10 +15,39 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ptfix.soft_prompts import views
+from ptfix.soft_prompts import padding, views
 from ptfix.soft_prompts.adapter import KeyValues
 
 _legacy_layouts: WeakKeyDictionary[torch.nn.Module, list[tuple[int, ...]] | None] = WeakKeyDictionary()
+
+#: What hosts call the KV cache, in arguments and in outputs; transformers 5.24 renamed it.
+_NAMES = ("cache", "past_key_values")
+
+
+@functools.cache
+def keyword() -> str:
+    """The name by which this host's generate() hands the KV cache on, and by which its outputs return it."""
+    from transformers import GenerationMixin
+
+    parameters = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return next((name for name in _NAMES if name in parameters), "past_key_values")
+
+
+def taken_from(arguments: dict[str, Any]) -> Any:
+    """The KV cache among a call's arguments, taken out of them under whichever name it stands there."""
+    found = [arguments.pop(name, None) for name in _NAMES]
+    return next((value for value in found if value is not None), None)
+
+
+def name_in(outputs: Any) -> str | None:
+    """The key of a model's or generate()'s outputs that holds a KV cache; None where there is none."""
+    return next((name for name in _NAMES if name in outputs and outputs[name] is not None), None)
+
+
+def of(outputs: Any) -> Any:
+    """The KV cache in a model's or generate()'s outputs, or None."""
+    name = name_in(outputs)
+    return None if name is None else outputs[name]
 
 
 def is_cache(past_key_values: Any) -> bool:
@@ -72,7 +101,8 @@ def crop(past_key_values: Any, positions: int) -> Any:
         if positions == 0 and not hasattr(past_key_values, "crop"):
             past_key_values.reset()
         elif hasattr(past_key_values, "crop"):
-            past_key_values.crop(positions)
+            # How many to remove: since transformers 5.20 a positive number, the length to keep, raises.
+            past_key_values.crop(positions - length(past_key_values))
         else:
             raise ValueError(
                 f"a {type(past_key_values).__name__} cannot be cropped; pass a DynamicCache or a shorter cache."
@@ -110,6 +140,34 @@ def fill(past_key_values: Any, prefix: KeyValues, base_model: Any) -> Any:
     return past_key_values
 
 
+def rolled(past_key_values: Any, shifts: torch.Tensor) -> Any:
+    """The cache with each row's positions rolled by its own ``shifts [batch]`` to the right.
+
+    None where that cannot be: a sliding window has let go of positions, or a layer keeps a state in place of positions.
+    """
+    if not is_cache(past_key_values):
+        return None  # legacy tuples keep their positions in a different place in each architecture
+    layers = getattr(past_key_values, "layers", None)
+    held = length(past_key_values)
+    pairs = (
+        [(vars(layer).get("keys"), vars(layer).get("values")) for layer in layers]
+        if layers is not None
+        else list(zip(past_key_values.key_cache, past_key_values.value_cache, strict=True))
+    )
+    if any(not isinstance(each, torch.Tensor) or each.shape[-2] != held for pair in pairs for each in pair):
+        return None
+    moved = copy.copy(past_key_values)
+    new_pairs = [tuple(padding.roll(each, shifts, -2) for each in pair) for pair in pairs]
+    if layers is None:
+        moved.key_cache = [key for key, _ in new_pairs]
+        moved.value_cache = [value for _, value in new_pairs]
+        return moved
+    moved.layers = [copy.copy(layer) for layer in layers]
+    for layer, (key, value) in zip(moved.layers, new_pairs, strict=True):
+        layer.keys, layer.values = key, value
+    return moved
+
+
 def _caches_can_be_cropped() -> bool:
     """Since 4.42. Before, models read both kinds, but rolling a draft back leaves a Cache miscounted: its host gives
     tuples."""
@@ -123,9 +181,9 @@ def window(base_model: Any) -> int | None:
     return getattr(text_config(base_model), "sliding_window", None)
 
 
-def counts_places(base_model: Any) -> bool:
-    """Does a sliding window count places in a Cache, so that it matters where a prefix stands?"""
-    return window(base_model) is not None and _caches_can_be_cropped() and legacy_layout(base_model) is None
+def can_lay_in(base_model: Any) -> bool:
+    """Does this model read Cache objects, so that a prefix can stand behind a row's padding?"""
+    return _caches_can_be_cropped() and legacy_layout(base_model) is None
 
 
 def wants_one_span(base_model: Any, tokens: int) -> bool:
@@ -135,7 +193,8 @@ def wants_one_span(base_model: Any, tokens: int) -> bool:
     the text, and (from 4.48 on) cuts its mask, but not its keys, to the window.
     """
     return (
-        counts_places(base_model)
+        window(base_model) is not None
+        and can_lay_in(base_model)
         and tokens > (window(base_model) or 0)
         and importlib.util.find_spec("transformers.masking_utils") is None
     )
@@ -266,7 +325,8 @@ def _probe_legacy_layout(base_model: Any) -> list[tuple[int, ...]] | None:
     view = views.tree(base_model, lambda twin, module: twin.__dict__.update(training=False))
     with torch.no_grad():
         output = view(input_ids=torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=device), use_cache=True)
-    if output.past_key_values is None or is_cache(output.past_key_values):
+    held = of(output)
+    if held is None or is_cache(held):
         return None
-    first = output.past_key_values[0]
+    first = held[0]
     return [tuple(first.shape)] if isinstance(first, torch.Tensor) else [tuple(part.shape) for part in first]

@@ -311,7 +311,8 @@ def _ask_generate(peft_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     if batch is None:
         return None
     mode = _mode(peft_model, kwargs)
-    cache_name, cached = _given_cache(kwargs)
+    cache_name = caches.name_in(kwargs)
+    cached = caches.length(kwargs[cache_name]) if cache_name else 0
     turn = ""
     if cached and batch.name == "input_ids" and not _is_encoder_decoder(peft_model):
         held = cached - active_config(peft_model).num_virtual_tokens
@@ -343,7 +344,7 @@ def _generated(
     more: Tensors,
     mode: dict[str, Any],
     turn: str,
-    cache_name: str,
+    cache_name: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores of the first new tokens, and what the training forward says of the same text."""
     row = batch.row(whole=bool(more))
@@ -362,7 +363,7 @@ def _generated(
     if hasattr(getattr(model, "generation_config", None), "disable_compile"):
         options["disable_compile"] = True  # a graph for two tokens is not worth its minutes
     if turn:
-        row, options[cache_name] = _after_a_turn(row, turn, call, options)
+        row, options[str(cache_name)] = _after_a_turn(row, turn, call, options)
     out = call(**row.padded, **options)
     scores = torch.cat(out.scores)
     new = out.sequences[:, -len(scores) :]
@@ -421,27 +422,16 @@ def _is_encoder_decoder(model: Any) -> bool:
 # --- forward() with a cache --------------------------------------------------------------------------------------
 
 
-def _given_cache(kwargs: dict[str, Any]) -> tuple[str, int]:
-    """The name and length of the cache that was passed, whichever of its names the host has."""
-    for name in ("past_key_values", "cache"):
-        if kwargs.get(name) is not None:
-            return name, caches.length(kwargs[name])
-    return "past_key_values", 0
-
-
 def _cache_of(outputs: Any) -> Any:
-    for name in ("cache", "past_key_values"):
-        found = getattr(outputs, name, None)
-        if found is not None:
-            return found
-    raise RuntimeError("this host returns no cache")
+    held = caches.of(outputs)
+    if held is None:
+        raise RuntimeError("this host returns no cache")
+    return held
 
 
 def _ask_loop(peft_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Question | None:
-    if kwargs.get("past_key_values") is None and kwargs.get("cache") is None:
-        return None
-    name, cached = _given_cache(kwargs)
-    if not cached:
+    name = caches.name_in(kwargs)
+    if name is None or not caches.length(kwargs[name]):
         return None
     return Question("forward() with a filled KV cache", (), partial(_continued, kwargs=kwargs, cache_name=name))
 

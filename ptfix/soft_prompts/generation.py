@@ -28,6 +28,9 @@ def generate(peft_model: Any, *args: Any, **kwargs: Any) -> Any:
     """What ``peft_model.generate(*args, **kwargs)`` should return; same arguments, errors and return values as the
     host's."""
     mask = kwargs.get("attention_mask")
+    held = caches.taken_from(kwargs)
+    if held is not None:
+        kwargs[caches.keyword()] = held
     turn = _Turn(
         prompt=SoftPrompt(peft_model),
         base=peft_model.base_model,
@@ -72,11 +75,9 @@ class _Turn:
     chunk: int | None = None  #: prefill at most so many tokens at once
     hidden: int | None = None  #: real tokens that are not in the ids; None before the first step
     pads: torch.Tensor | None = None  #: ``[batch]``, padding on the left of each row
+    most_pads: int = 0  #: of any row; kept, because to ask a device each step is slow
     on_layers: caches.OnLayers | None = None
     warned: bool = False
-
-    def most_pads(self) -> int:
-        return 0 if self.pads is None else int(self.pads.max())
 
     def begin(self, given: int, cached: int, embedded: bool, mask: torch.Tensor | None) -> None:
         """At the first step: how is the text padded, and which real tokens stand only in the cache, or (negative) in
@@ -92,8 +93,9 @@ class _Turn:
             self.hidden = mask_length - given
         elif behind >= given:
             self.hidden = behind
-        if mask is not None and (not self.prompt.is_prefix or caches.counts_places(self.base)):
+        if mask is not None and (not self.prompt.is_prefix or caches.can_lay_in(self.base)):
             self.pads = padding.left_pads(mask)
+            self.most_pads = 0 if self.pads is None else int(self.pads.max())
 
 
 class _SoftPromptView:
@@ -107,9 +109,15 @@ class _SoftPromptView:
         past_key_values: Any = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Translate one step. `input_ids [batch, real tokens]`; `inputs_embeds` are the user's own, before them."""
+        """Translate one step. `input_ids [batch, real tokens]`; `inputs_embeds` are the user's own, before them.
+
+        The KV cache comes as `past_key_values`, from transformers 5.24 on as `cache`.
+        """
+        if cache is not None:
+            past_key_values = cache
         turn = self._ptfix_turn
         prompt, given = turn.prompt, input_ids.shape[1] + (0 if inputs_embeds is None else inputs_embeds.shape[1])
         if attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2):
@@ -128,7 +136,7 @@ class _SoftPromptView:
         input_ids = input_ids[:, max(0, -hidden) :]
         stop = prompt.length + given + hidden
         start = min(cached, stop - 1)  # a text that is wholly cached still needs its last logits
-        behind_prefix = prompt.length + turn.most_pads()
+        behind_prefix = prompt.length + turn.most_pads
         if prompt.is_prefix and start < behind_prefix:
             start = 0
         past_key_values = caches.crop(past_key_values, start)
@@ -258,10 +266,10 @@ class _Text:
             options["next_sequence_length"] = stop - start
         handed_on = None if past_key_values is self.turn.on_layers else past_key_values
         inputs: dict[str, Any] = self.owner._host_inputs(
-            virtual_ids, past_key_values=handed_on, attention_mask=mask, **options
+            virtual_ids, attention_mask=mask, **{caches.keyword(): handed_on}, **options
         )
         inputs.pop("token_type_ids", None)
-        if start < self.placeholders.shape[1] + self.turn.most_pads():
+        if start < self.placeholders.shape[1] + self.turn.most_pads:
             inputs["inputs_embeds"], inputs["input_ids"] = self._embeddings(start, stop), None
         elif inputs["input_ids"].shape[1] != stop - start:
             inputs["input_ids"] = virtual_ids[:, start:]

@@ -50,29 +50,53 @@ def left_padding_fault() -> str | None:
 
 
 def prefix_forward_fault() -> str | None:
-    """Does prefix tuning train as it should, with gradient checkpointing switched on after wrapping?"""
-    from peft import PrefixTuningConfig
+    """Does the training forward of a prefix raise, or leave the prefix out?"""
+    return full_attention_prefix_fault() or sliding_window_prefix_fault()
 
-    config = PrefixTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=_VIRTUAL_TOKENS, num_layers=1, num_attention_heads=2, token_dim=8
-    )
-    ids = torch.tensor([[3, 4, 5, 6]])
-    gradients = []
+
+def full_attention_prefix_fault() -> str | None:
+    """Where every layer looks back to the start (llama)."""
     with _aside():
-        for how in ("", " with gradient checkpointing"):
-            try:
-                if not how:
-                    model = _tiny(config).train()
-                else:
-                    model.zero_grad()
-                    model.get_base_model().gradient_checkpointing_enable()
-                    model.get_base_model().enable_input_require_grads()
-                model(input_ids=ids, labels=ids).loss.backward()
-            except Exception as error:
-                return f"the training forward{how} raises {type(error).__name__}"
-            gradient = next(model.prompt_encoder.parameters()).grad
-            gradients.append(None if gradient is None else gradient.clone())
-    plain, checkpointed = gradients
+        return _prefix_fault("", _tiny(_prefix_config()))
+
+
+def sliding_window_prefix_fault() -> str | None:
+    """Where some layers look back through a sliding window (gemma2)."""
+    import transformers
+
+    if not hasattr(transformers, "Gemma2Config"):
+        return None
+    with _aside():
+        return _prefix_fault(" of gemma2", _tiny(_prefix_config(), "Gemma2", head_dim=4, sliding_window=4))
+
+
+def _prefix_fault(where: str, model: Any) -> str | None:
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    model.train()
+    try:
+        # Without a KV cache of its own, as Trainer sets it, and without a mask.
+        gradient = _prefix_gradient(model, ids, use_cache=False)
+    except Exception as error:
+        return f"the training forward{where} raises {type(error).__name__}"
+    return None if gradient is not None and bool(gradient.any()) else f"the training forward{where} leaves it out"
+
+
+def prefix_checkpointing_fault() -> str | None:
+    """Is a prefix trained as without it when gradient checkpointing is switched on after wrapping, as Trainer does?"""
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with _aside():
+        model = _tiny(_prefix_config()).train()
+        try:
+            plain = _prefix_gradient(model, ids)
+        except Exception as error:
+            return f"the training forward raises {type(error).__name__}, also with gradient checkpointing"
+        model.zero_grad()
+        model.get_base_model().gradient_checkpointing_enable()
+        model.get_base_model().enable_input_require_grads()
+        try:
+            checkpointed = _prefix_gradient(model, ids)
+        except Exception as error:
+            return f"the training forward with gradient checkpointing raises {type(error).__name__}"
     if plain is None or checkpointed is None or not torch.allclose(plain, checkpointed, atol=1e-5):
         return "with gradient checkpointing the prefix is not trained"
     return None
@@ -100,6 +124,20 @@ def _trained_otherwise(model_class: type[Any]) -> type[Any]:
     return TrainedOtherwise
 
 
+def _prefix_config() -> Any:
+    from peft import PrefixTuningConfig
+
+    return PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=_VIRTUAL_TOKENS, num_layers=1, num_attention_heads=2, token_dim=8
+    )
+
+
+def _prefix_gradient(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor | None:
+    model(input_ids=ids, labels=ids, **options).loss.backward()
+    gradient = next(model.prompt_encoder.parameters()).grad
+    return None if gradient is None else gradient.clone()
+
+
 _TWO = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
 
 
@@ -110,12 +148,12 @@ def _prompt_tuned() -> Any:
     return _tiny(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=_VIRTUAL_TOKENS))
 
 
-def _tiny(config: Any) -> Any:
+def _tiny(config: Any, family: str = "Llama", **fields: Any) -> Any:
+    import transformers
     from peft import get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = LlamaForCausalLM(
-        LlamaConfig(
+    model = getattr(transformers, f"{family}ForCausalLM")(
+        getattr(transformers, f"{family}Config")(
             vocab_size=16,
             hidden_size=8,
             intermediate_size=8,
@@ -126,6 +164,7 @@ def _tiny(config: Any) -> Any:
             bos_token_id=1,
             eos_token_id=None,
             pad_token_id=0,
+            **fields,
         )
     )
     wrapped = get_peft_model(model, config)
