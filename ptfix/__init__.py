@@ -47,6 +47,10 @@ def apply(strict: bool | None = None) -> Report:
     Raises:
         PatchError: strict, and a needed fix could not be applied; the hosts are as they were.
     """
+    if strict is None:
+        from ptfix.patching import strict_by_environment
+
+        strict = strict_by_environment()
     return _patcher().apply(strict)
 
 

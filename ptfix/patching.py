@@ -39,10 +39,11 @@ _strict = False
 
 def is_strict() -> bool:
     """Is an error wanted rather than a warning, by ``apply(strict=True)`` or by PTFIX_STRICT?"""
-    return _strict or _strict_by_environment()
+    return _strict or strict_by_environment()
 
 
-def _strict_by_environment() -> bool:
+def strict_by_environment() -> bool:
+    """PTFIX_STRICT."""
     return os.environ.get("PTFIX_STRICT", "0") not in ("", "0")
 
 
@@ -122,8 +123,8 @@ class Patcher:
     _rows: dict[str, Row] = field(default_factory=dict, init=False)
     _lock: threading.RLock = field(default_factory=threading.RLock, init=False)
 
-    def apply(self, strict: bool | None = None) -> Report:
-        """Import the hosts and apply every fix that is needed. `strict` None: as PTFIX_STRICT says.
+    def apply(self, strict: bool = False) -> Report:
+        """Import the hosts and apply every fix that is needed.
 
         Called again, it tries only what was unsupported or disabled.
 
@@ -131,7 +132,6 @@ class Patcher:
             PatchError: `strict`, and a needed fix could not be applied. What this call had set is undone first.
         """
         global _strict
-        strict = _strict_by_environment() if strict is None else strict
         with self._lock:
             mark, before, disabled = len(self._ledger), dict(self._rows), _disabled()
             for unknown in sorted(disabled - {fix.id for fix in self.fixes}):

