@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-KeyValues = list[tuple[torch.Tensor, torch.Tensor]]
+#: A prefix, layer by layer: ``(key, value)``, each ``[batch, kv heads, virtual tokens, head dim]``; None for a layer
+#: that takes none.
+KeyValues = list[tuple[torch.Tensor, torch.Tensor] | None]
 
 #: peft types whose soft prompt lives in the KV cache; every other prompt-learning type has embeddings.
 _PREFIX_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
@@ -76,9 +78,9 @@ class SoftPrompt:
         return prompt
 
     def key_values(self, batch_size: int) -> KeyValues:
-        """The prefix: per layer ``(key, value)``, each ``[batch, kv heads, virtual tokens, head dim]``.
+        """The prefix as the adapter stores it: of the same shape in every layer.
 
-        Made from the prompt encoder's output alone: which cache holds it is the host's affair (see `caches`).
+        Made from the prompt encoder's output alone: how a model's layers and caches hold it, `caches` knows.
         """
         config, peft_model = self.config, self.peft_model
         encoder = peft_model.prompt_encoder[peft_model.active_adapter]

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ptfix.soft_prompts import padding, views
-from ptfix.soft_prompts.adapter import KeyValues
+from ptfix.soft_prompts.adapter import KeyValues, SoftPrompt
 
 _legacy_layouts: WeakKeyDictionary[torch.nn.Module, list[tuple[int, ...]] | None] = WeakKeyDictionary()
 
@@ -110,7 +110,34 @@ def crop(past_key_values: Any, positions: int) -> Any:
         return past_key_values
     if positions == 0:
         return None
-    raise ValueError("a legacy tuple of past_key_values longer than the text cannot be continued; pass the full text.")
+    raise ValueError("a legacy tuple of past_key_values cannot be shortened to the text; generate again without it.")
+
+
+def prefix_of(prompt: SoftPrompt, batch_size: int) -> KeyValues:
+    """The prefix as training gives it to each layer.
+
+    Layers may differ in their heads, or take no prefix (Gemma 4). What peft's own get_prompt() makes of each says so,
+    where hosts have caches made of layers.
+    """
+    from transformers import DynamicCache
+
+    stored = prompt.key_values(batch_size)
+    if not hasattr(DynamicCache(), "layers"):
+        return stored
+    layers = prompt.peft_model.get_prompt(batch_size=batch_size).layers
+    shaped: KeyValues = []
+    for layer, pair in zip(layers, stored, strict=False):
+        held = getattr(layer, "keys", None)
+        if pair is None or held is None or not held.numel():
+            shaped.append(None)
+        else:
+            heads, dim = held.shape[1], held.shape[-1]
+            shaped.append((pair[0][:, :heads, :, :dim], pair[1][:, :heads, :, :dim]))
+    return shaped
+
+
+def _first(prefix: KeyValues) -> tuple[torch.Tensor, torch.Tensor]:
+    return next(pair for pair in prefix if pair is not None)
 
 
 def fill(past_key_values: Any, prefix: KeyValues, base_model: Any) -> Any:
@@ -125,12 +152,14 @@ def fill(past_key_values: Any, prefix: KeyValues, base_model: Any) -> Any:
         if not _caches_can_be_cropped():
             return tuple(prefix)
         past_key_values = new(base_model)
-    positions = torch.arange(prefix[0][0].shape[-2], device=prefix[0][0].device)
+    first, _ = _first(prefix)
+    positions = torch.arange(first.shape[-2], device=first.device)
     is_sliding = _sliding_layers(past_key_values)
     layers = getattr(past_key_values, "layers", None) or []
-    for index, (key, value) in enumerate(prefix):
-        if index < len(layers) and not hasattr(layers[index], "get_mask_sizes"):
+    for index, pair in enumerate(prefix):
+        if pair is None or (index < len(layers) and not hasattr(layers[index], "get_mask_sizes")):
             continue  # a recurrent layer keeps a state, not positions: there is no prefix to give it
+        key, value = pair
         sliding = is_sliding is not None and index < len(is_sliding) and bool(is_sliding[index])
         options = {
             "cache_position": positions,
@@ -200,6 +229,21 @@ def wants_one_span(base_model: Any, tokens: int) -> bool:
     )
 
 
+@functools.cache
+def padded_rows_need_one_span() -> bool:
+    """Must left-padded rows be fed from the first token on, unless by one token at a time?
+
+    In transformers 4.36 to 4.38 the mask for SDPA is mended row by row after a mask that it takes for that of the
+    tokens fed, though it also covers what the cache holds.
+    """
+    try:
+        from transformers.modeling_attn_mask_utils import AttentionMaskConverter
+    except ImportError:
+        return False
+    unmask = getattr(AttentionMaskConverter, "_unmask_unattended", None)
+    return unmask is not None and "attention_mask" in inspect.signature(unmask).parameters
+
+
 def lay_in(past_key_values: Any, prefix: KeyValues, first: torch.Tensor, base_model: Any) -> Any:
     """An empty cache that takes `prefix` for what the next feed says at the positions from ``first [batch]`` on.
 
@@ -208,9 +252,9 @@ def lay_in(past_key_values: Any, prefix: KeyValues, first: torch.Tensor, base_mo
     """
     if not is_cache(past_key_values):
         past_key_values = new(base_model)
-    places = first.unsqueeze(1) + torch.arange(prefix[0][0].shape[-2], device=first.device)
+    places = first.unsqueeze(1) + torch.arange(_first(prefix)[0].shape[-2], device=first.device)
     vars(past_key_values)["_ptfix_laid_in"] = {
-        layer: (key, value, places[:, None, :, None]) for layer, (key, value) in enumerate(prefix)
+        layer: (*pair, places[:, None, :, None]) for layer, pair in enumerate(prefix) if pair is not None
     }
     past_key_values.__class__ = _laid_in_class(type(past_key_values))  # type: ignore[arg-type]
     return past_key_values
@@ -297,21 +341,21 @@ def _replayable_class(kind: type) -> type:
 
 
 def _legacy(prefix: KeyValues, layout: list[tuple[int, ...]]) -> Any:
-    batch, heads, tokens, dim = prefix[0][0].shape
+    pairs = [pair for pair in prefix if pair is not None]
+    batch, heads, tokens, dim = pairs[0][0].shape
     if len(layout) == 1:  # one tensor [batch, tokens, 2 * head dim]: multi-query attention keeps key and value together
-        return tuple(torch.cat((key[:, 0], value[:, 0]), dim=-1) for key, value in prefix)
+        return tuple(torch.cat((key[:, 0], value[:, 0]), dim=-1) for key, value in pairs)
     ranks = [len(shape) for shape in layout]
     if ranks == [4, 4]:
-        return tuple(prefix)
+        return tuple(pairs)
     if ranks == [3, 3] and layout[0][-1] == _PROBE_TOKENS:  # bloom: keys [batch * heads, dim, tokens]
         return tuple(
             (key.transpose(2, 3).reshape(batch * heads, dim, tokens), value.reshape(batch * heads, tokens, dim))
-            for key, value in prefix
+            for key, value in pairs
         )
     if ranks == [3, 3]:  # falcon: [batch * heads, tokens, dim]
         return tuple(
-            (key.reshape(batch * heads, tokens, dim), value.reshape(batch * heads, tokens, dim))
-            for key, value in prefix
+            (key.reshape(batch * heads, tokens, dim), value.reshape(batch * heads, tokens, dim)) for key, value in pairs
         )
     raise NotImplementedError(f"past_key_values in an unknown layout {layout}: prefix tuning cannot fill them.")
 

@@ -47,10 +47,19 @@ def _view(peft_model: Any, turn: _Turn) -> Any:
     twin.__class__ = _view_class(type(twin))  # type: ignore[arg-type]
     # Attributes of the base that stand for one call of its own: peft hangs a bound method on it (and, interrupted,
     # leaves it there), the host keeps its last static cache.
-    for name in ("prepare_inputs_for_generation", "_cache"):
+    for name in ("prepare_inputs_for_generation", "_cache", "_static_cache"):
         twin.__dict__.pop(name, None)
         twin._modules.pop(name, None)
+    body = twin._modules.get("model")
+    if hasattr(body, "rope_deltas"):
+        # Left on the base, an image's offset would move the positions of the next training step.
+        twin._modules["model"] = views.shallow(body, rope_deltas=None)
     return twin
+
+
+def _has_image_positions(base: Any) -> bool:
+    """Does generate() of this model count positions along several axes (M-RoPE: time, height, width)?"""
+    return hasattr(base, "rope_deltas") or hasattr(getattr(base, "model", None), "rope_deltas")
 
 
 @cache
@@ -136,6 +145,8 @@ class _SoftPromptView:
         input_ids = input_ids[:, max(0, -hidden) :]
         stop = prompt.length + given + hidden
         start = min(cached, stop - 1)  # a text that is wholly cached still needs its last logits
+        if stop - start > 1 and turn.pads is not None and caches.padded_rows_need_one_span():
+            start = 0
         behind_prefix = prompt.length + turn.most_pads
         if prompt.is_prefix and start < behind_prefix:
             start = 0
@@ -143,7 +154,7 @@ class _SoftPromptView:
         if prompt.is_prefix:
             self._warn_of_window(attention_mask, stop)
         if prompt.is_prefix and start == 0:
-            prefix = prompt.key_values(len(input_ids))
+            prefix = caches.prefix_of(prompt, len(input_ids))
             if turn.pads is not None or caches.wants_one_span(turn.base, stop):
                 pads = input_ids.new_zeros(len(input_ids)) if turn.pads is None else turn.pads
                 past_key_values = caches.lay_in(past_key_values, prefix, pads, turn.base)
@@ -219,10 +230,13 @@ class _SoftPromptView:
         bound.arguments["max_cache_len"] += self._ptfix_turn.prompt.length
         return maker(*bound.args, **bound.kwargs)
 
-    def _get_cache(self, *args: Any, **kwargs: Any) -> Any:  # transformers < 5.0
+    def _get_static_cache(self, *args: Any, **kwargs: Any) -> Any:  # transformers 4.41
+        return self._more_room("_get_static_cache", *args, **kwargs)
+
+    def _get_cache(self, *args: Any, **kwargs: Any) -> Any:  # transformers 4.42 to 5.0
         return self._more_room("_get_cache", *args, **kwargs)
 
-    def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Any:  # transformers >= 5.0
+    def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Any:  # transformers >= 5.1
         return self._more_room("_prepare_static_cache", *args, **kwargs)
 
 
@@ -258,8 +272,11 @@ class _Text:
         mask = None if self.attention_mask is None else self.attention_mask[:, :stop]
         # Without token_type_ids, as the training forward.
         options = {name: value for name, value in options.items() if name != "token_type_ids"}
+        positions = None
+        if options.get("position_ids") is not None or _has_image_positions(self.turn.base):
+            positions = self._positions(options.get("position_ids"), virtual_ids.device)[..., start:stop]
         if options.get("position_ids") is not None:
-            options["position_ids"] = self._positions(options["position_ids"])[..., start:stop]
+            options["position_ids"] = positions
         if options.get("cache_position") is not None:
             options["cache_position"] = torch.arange(start, stop, device=virtual_ids.device)
         if "next_sequence_length" in options:
@@ -269,6 +286,8 @@ class _Text:
             virtual_ids, attention_mask=mask, **{caches.keyword(): handed_on}, **options
         )
         inputs.pop("token_type_ids", None)
+        if _has_image_positions(self.turn.base):
+            inputs["position_ids"] = positions
         if start < self.placeholders.shape[1] + self.turn.most_pads:
             inputs["inputs_embeds"], inputs["input_ids"] = self._embeddings(start, stop), None
         elif inputs["input_ids"].shape[1] != stop - start:
@@ -296,15 +315,16 @@ class _Text:
         first = self.placeholders.shape[1] + self.input_ids.shape[1] - embeddings.shape[1]
         return embeddings[:, start - first : stop - first]
 
-    def _positions(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """Virtual positions of the whole text. Those of the user, and multi-axis ones, are shifted; others follow
-        from the mask."""
+    def _positions(self, given: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        """Virtual positions of the whole text. Those of the user are shifted; others follow from the mask, also where
+        the host has several axes of them: training feeds embeddings, in which a model cannot tell where images are.
+        """
         length = self.placeholders.shape[1] + self.input_ids.shape[1]
-        if self.turn.user_positions or position_ids.dim() > 2:
-            shape = (*position_ids.shape[:-1], length - position_ids.shape[-1])
-            front = torch.arange(shape[-1], device=position_ids.device).expand(shape)
-            positions = torch.cat((front, position_ids + self.prompt.length), dim=-1)
-            return positions if self.order is None else positions.expand_as(self.order).gather(-1, self.order)
+        if given is not None and self.turn.user_positions:
+            shape = (*given.shape[:-1], length - given.shape[-1])
+            front = torch.arange(shape[-1], device=given.device).expand(shape)
+            positions = torch.cat((front, given + self.prompt.length), dim=-1)
+            return positions if self.order is None else positions.gather(-1, self.order.expand_as(positions))
         if self.attention_mask is None:
-            return torch.arange(length, device=position_ids.device).unsqueeze(0)
+            return torch.arange(length, device=device).unsqueeze(0)
         return (self.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
