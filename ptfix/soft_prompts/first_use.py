@@ -127,7 +127,7 @@ def answer(surface: Surface, asked: Question, peft_model: Any, original: Callabl
             finding = Finding(f"{asked.what} could not be checked: {check.told(error)}", wrong=False)
     if finding is None:
         return None
-    finding = replace(finding, sentence=f"{_name(peft_model)}: {finding.sentence}. PTFIX_CHECK=0 switches checks off.")
+    finding = replace(finding, sentence=f"{_name(peft_model)}: {finding.sentence}. PTFIX_CHECK=0 switches the check off.")
     heard = _heard.get()
     if heard is None:
         return finding
