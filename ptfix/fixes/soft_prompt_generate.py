@@ -10,14 +10,14 @@ from ptfix.patching import Edit, Fix
 
 
 def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-    from ptfix.soft_prompts import generation
+    from ptfix.soft_prompts import generation, sharding
     from ptfix.soft_prompts.adapter import has_soft_prompt
 
     @functools.wraps(original)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not has_soft_prompt(self):
             return original(self, *args, **kwargs)
-        return generation.generate(self, *args, **kwargs)
+        return sharding.as_forward(self, functools.partial(generation.generate, self, *args, **kwargs))
 
     return generate
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ptfix.soft_prompts import tensor_parallel
+
 #: A prefix, layer by layer: ``(key, value)``, each ``[batch, kv heads, virtual tokens, head dim]``; None for a layer
 #: that takes none.
 KeyValues = list[tuple[torch.Tensor, torch.Tensor] | None]
@@ -96,4 +98,10 @@ class SoftPrompt:
         heads = config.num_attention_heads
         flat = flat.view(1, self.length, config.num_layers, 2, heads, config.token_dim // heads)
         layers = flat.permute(2, 3, 0, 4, 1, 5).expand(-1, -1, batch_size, -1, -1, -1)
+        base = peft_model.base_model
+        if tensor_parallel.is_split(base):
+            return [
+                (tensor_parallel.share(key, index, base), tensor_parallel.share(value, index, base))
+                for index, (key, value) in enumerate(layers)
+            ]
         return [(layer[0], layer[1]) for layer in layers]

@@ -10,13 +10,16 @@ import copy
 import functools
 import importlib.util
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 
 from ptfix.soft_prompts import padding, views
-from ptfix.soft_prompts.adapter import KeyValues, SoftPrompt
+
+if TYPE_CHECKING:
+    from ptfix.soft_prompts.adapter import KeyValues, SoftPrompt
 
 _legacy_layouts: WeakKeyDictionary[torch.nn.Module, list[tuple[int, ...]] | None] = WeakKeyDictionary()
 
@@ -77,6 +80,12 @@ def length(past_key_values: Any) -> int:
     return int(past_key_values.get_seq_length() or 0)
 
 
+def keeps_states(past_key_values: Any) -> bool:
+    """Are all layers recurrent, so that the cache keeps states and cannot say how many positions made them?"""
+    linear = getattr(past_key_values, "is_linear", None)
+    return isinstance(linear, list) and bool(linear) and all(linear)
+
+
 def _sliding_layers(past_key_values: Any) -> Any:
     """Which layers of a HybridCache have a sliding window; the attribute had another name in 4.52 and 4.53."""
     return getattr(past_key_values, "is_sliding", getattr(past_key_values, "is_sliding_list", None))
@@ -95,7 +104,7 @@ class OnLayers:
 
 def crop(past_key_values: Any, positions: int) -> Any:
     """The cache with only its first `positions` positions; raises ValueError for a cache that cannot forget."""
-    if past_key_values is None or length(past_key_values) <= positions:
+    if past_key_values is None or keeps_states(past_key_values) or length(past_key_values) <= positions:
         return past_key_values
     if is_cache(past_key_values):
         if positions == 0 and not hasattr(past_key_values, "crop"):
@@ -176,25 +185,43 @@ def rolled(past_key_values: Any, shifts: torch.Tensor) -> Any:
     """
     if not is_cache(past_key_values):
         return None  # legacy tuples keep their positions in a different place in each architecture
-    layers = getattr(past_key_values, "layers", None)
     held = length(past_key_values)
-    pairs = (
-        [(vars(layer).get("keys"), vars(layer).get("values")) for layer in layers]
-        if layers is not None
-        else list(zip(past_key_values.key_cache, past_key_values.value_cache, strict=True))
-    )
-    if any(not isinstance(each, torch.Tensor) or each.shape[-2] != held for pair in pairs for each in pair):
+    if any(each is None or each.shape[-2] != held for pair in pairs(past_key_values) for each in pair):
         return None
-    moved = copy.copy(past_key_values)
-    new_pairs = [tuple(padding.roll(each, shifts, -2) for each in pair) for pair in pairs]
+    return changed(past_key_values, lambda states, layer: padding.roll(states, shifts, -2))
+
+
+def pairs(past_key_values: Any) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
+    """Each layer's keys and values; None for a layer that has none, or none yet."""
+    layers = getattr(past_key_values, "layers", None)
+    if not is_cache(past_key_values):
+        found = [(layer[0], layer[1]) for layer in past_key_values]
+    elif layers is not None:
+        found = [(vars(layer).get("keys"), vars(layer).get("values")) for layer in layers]
+    else:
+        found = list(zip(past_key_values.key_cache, past_key_values.value_cache, strict=True))
+    return [tuple(each if isinstance(each, torch.Tensor) else None for each in pair) for pair in found]  # type: ignore[misc]
+
+
+def changed(past_key_values: Any, change: Callable[[torch.Tensor, int], torch.Tensor]) -> Any:
+    """A copy of a cache with ``change(keys or values, layer)`` in place of each layer's."""
+    new_pairs = [
+        tuple(None if each is None else change(each, index) for each in pair)
+        for index, pair in enumerate(pairs(past_key_values))
+    ]
+    if not is_cache(past_key_values):
+        return tuple(new_pairs)
+    copied = copy.copy(past_key_values)
+    layers = getattr(past_key_values, "layers", None)
     if layers is None:
-        moved.key_cache = [key for key, _ in new_pairs]
-        moved.value_cache = [value for _, value in new_pairs]
-        return moved
-    moved.layers = [copy.copy(layer) for layer in layers]
-    for layer, (key, value) in zip(moved.layers, new_pairs, strict=True):
-        layer.keys, layer.values = key, value
-    return moved
+        copied.key_cache = [key for key, _ in new_pairs]
+        copied.value_cache = [value for _, value in new_pairs]
+        return copied
+    copied.layers = [copy.copy(layer) for layer in layers]
+    for layer, (key, value) in zip(copied.layers, new_pairs, strict=True):
+        if key is not None:
+            layer.keys, layer.values = key, value
+    return copied
 
 
 def _caches_can_be_cropped() -> bool:
@@ -245,16 +272,17 @@ def padded_rows_need_one_span() -> bool:
 
 
 def lay_in(past_key_values: Any, prefix: KeyValues, first: torch.Tensor, base_model: Any) -> Any:
-    """An empty cache that takes `prefix` for what the next feed says at the positions from ``first [batch]`` on.
+    """An empty cache that takes `prefix` for what is fed at the positions from ``first [rows]`` on.
 
-    So a prefix can stand behind padding, and be fed in one span with the text: sliding windows count places. The feed
-    must reach beyond these positions; what it says there is not read. A cache given is changed in place, until then.
+    So a prefix can stand behind padding, and be fed in one span or in chunks with the text: sliding windows count
+    places. What is fed at the positions of the prefix is not read. A cache given is changed in place, until the last
+    of these positions has been fed.
     """
     if not is_cache(past_key_values):
         past_key_values = new(base_model)
-    places = first.unsqueeze(1) + torch.arange(_first(prefix)[0].shape[-2], device=first.device)
+    stop = int(first.max()) + _first(prefix)[0].shape[-2]
     vars(past_key_values)["_ptfix_laid_in"] = {
-        layer: (*pair, places[:, None, :, None]) for layer, pair in enumerate(prefix) if pair is not None
+        layer: (*pair, first, 0, stop) for layer, pair in enumerate(prefix) if pair is not None
     }
     past_key_values.__class__ = _laid_in_class(type(past_key_values))  # type: ignore[arg-type]
     return past_key_values
@@ -265,15 +293,27 @@ def _laid_in_class(kind: type[Any]) -> type[Any]:
     def update(self: Any, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         waiting = vars(self)["_ptfix_laid_in"]
         if layer_idx in waiting:
-            prefix_key, prefix_value, places = waiting.pop(layer_idx)
-            key = key.scatter(2, places.expand_as(prefix_key), prefix_key.to(key.dtype))
-            value = value.scatter(2, places.expand_as(prefix_value), prefix_value.to(value.dtype))
+            prefix_key, prefix_value, first, start, stop = waiting.pop(layer_idx)
+            fed_to = start + key.shape[2]
+            source = torch.arange(start, fed_to, device=key.device) - first.to(key.device).unsqueeze(1)
+            key, value = _over(key, prefix_key, source), _over(value, prefix_value, source)
+            if fed_to < stop:
+                waiting[layer_idx] = (prefix_key, prefix_value, first, fed_to, stop)
         if not waiting:
             del vars(self)["_ptfix_laid_in"]
             self.__class__ = kind
         return kind.update(self, key, value, layer_idx, *args, **kwargs)
 
     return type(kind.__name__, (kind,), {"update": update, "__module__": kind.__module__})
+
+
+def _over(fed: torch.Tensor, laid: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """`fed [rows, heads, tokens, dim]`, with `laid` in place of it where ``source [rows, tokens]`` is one of its
+    positions."""
+    inside = ((source >= 0) & (source < laid.shape[2]))[:, None, :, None]
+    source = source.clamp(0, laid.shape[2] - 1)[:, None, :, None]
+    heads, tokens, dim = laid.shape[1], fed.shape[2], laid.shape[3]
+    return torch.where(inside, laid.to(fed).gather(2, source.expand(-1, heads, tokens, dim)), fed)
 
 
 def new(base_model: Any) -> Any:

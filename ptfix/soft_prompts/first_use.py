@@ -26,6 +26,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from ptfix.models import is_sharded
 from ptfix.soft_prompts import caches, check, reference, views
 from ptfix.soft_prompts.adapter import active_config
 
@@ -127,7 +128,9 @@ def answer(surface: Surface, asked: Question, peft_model: Any, original: Callabl
             finding = Finding(f"{asked.what} could not be checked: {check.told(error)}", wrong=False)
     if finding is None:
         return None
-    finding = replace(finding, sentence=f"{_name(peft_model)}: {finding.sentence}. PTFIX_CHECK=0 switches the check off.")
+    finding = replace(
+        finding, sentence=f"{_name(peft_model)}: {finding.sentence}. PTFIX_CHECK=0 switches the check off."
+    )
     heard = _heard.get()
     if heard is None:
         return finding
@@ -185,11 +188,10 @@ def _name(peft_model: Any) -> str:
 
 
 def _raise_if_out_of_reach(peft_model: Any) -> None:
-    for parameter in peft_model.parameters():
-        if hasattr(parameter, "ds_id") or hasattr(parameter, "placements"):
-            raise RuntimeError("its weights are spread over processes, which would have to check together")
-        if parameter.is_meta:
-            raise RuntimeError("its weights are on the meta device")
+    if is_sharded(None, peft_model):
+        raise RuntimeError("its weights are spread over processes, which would have to check together")
+    if any(parameter.is_meta for parameter in peft_model.parameters()):
+        raise RuntimeError("its weights are on the meta device")
 
 
 def _uncached_autocast(device: str) -> Any:

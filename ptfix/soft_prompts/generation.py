@@ -82,6 +82,7 @@ class _Turn:
     mask_length: int | None  #: of the user's mask, which 5.18 drops where it is all ones
     user_positions: bool  #: position_ids are the user's, not generate()'s own count
     chunk: int | None = None  #: prefill at most so many tokens at once
+    read: int = 0  #: virtual and real tokens that the model has been fed by this call
     hidden: int | None = None  #: real tokens that are not in the ids; None before the first step
     pads: torch.Tensor | None = None  #: ``[batch]``, padding on the left of each row
     most_pads: int = 0  #: of any row; kept, because to ask a device each step is slow
@@ -138,7 +139,14 @@ class _SoftPromptView:
             past_key_values = None
         if past_key_values is None:
             past_key_values = turn.on_layers
-        cached = caches.length(past_key_values)
+        if caches.keeps_states(past_key_values):
+            if not turn.read and past_key_values.has_previous_state():
+                raise ValueError(
+                    "how many tokens a recurrent state has read cannot be known: generate again without the cache."
+                )
+            cached = turn.read
+        else:
+            cached = caches.length(past_key_values)
         if turn.hidden is None:
             turn.begin(given, cached, inputs_embeds is not None, attention_mask)
         hidden = turn.hidden or 0
@@ -150,6 +158,7 @@ class _SoftPromptView:
         behind_prefix = prompt.length + turn.most_pads
         if prompt.is_prefix and start < behind_prefix:
             start = 0
+        turn.read = stop
         past_key_values = caches.crop(past_key_values, start)
         if prompt.is_prefix:
             self._warn_of_window(attention_mask, stop)
@@ -288,10 +297,16 @@ class _Text:
         inputs.pop("token_type_ids", None)
         if _has_image_positions(self.turn.base):
             inputs["position_ids"] = positions
-        if start < self.placeholders.shape[1] + self.turn.most_pads:
+        if start >= self.placeholders.shape[1] + self.turn.most_pads:
+            if inputs["input_ids"].shape[1] != stop - start:
+                inputs["input_ids"] = virtual_ids[:, start:]
+        elif self.prompt.is_prefix and self.inputs_embeds is None:
+            # What is said where the prefix stands is not read; so the model may embed the text itself.
+            inputs.pop("inputs_embeds", None)
+            ids = virtual_ids if self.order is None else padding.reorder(virtual_ids, self.order[:, :stop])
+            inputs["input_ids"] = ids[:, start:]
+        else:
             inputs["inputs_embeds"], inputs["input_ids"] = self._embeddings(start, stop), None
-        elif inputs["input_ids"].shape[1] != stop - start:
-            inputs["input_ids"] = virtual_ids[:, start:]
         if self.turn.on_layers is not None:  # 4.38 counts its own way where it holds no cache
             inputs["position_ids"] = inputs["position_ids"][:, start - stop :]
             inputs["cache_position"] = torch.arange(start, stop, device=virtual_ids.device)

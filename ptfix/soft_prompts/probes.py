@@ -6,6 +6,7 @@ None.
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -122,6 +123,48 @@ def _trained_otherwise(model_class: type[Any]) -> type[Any]:
             return outputs
 
     return TrainedOtherwise
+
+
+def sharded_saving_fault() -> str | None:
+    """Does saving fail where the weights of a soft prompt are a DTensor, as FSDP2 leaves them?"""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    with _aside():
+        model = copy.deepcopy(_prompt_tuned())
+        embedding = model.prompt_encoder.default.embedding
+        whole = embedding.weight.detach().clone()
+        # All processes of this mesh are this one, so that nobody is talked to.
+        mesh = DeviceMesh("cpu", [0], _init_backend=False, _rank=0)
+        embedding.weight = torch.nn.Parameter(DTensor.from_local(whole, mesh, [Shard(0)], run_check=False))
+        try:
+            saved = model.get_prompt_embedding_to_save("default")
+        except Exception as error:
+            return f"saving a sharded soft prompt raises {type(error).__name__}"
+    return None if torch.equal(saved, whole) else "a sharded soft prompt is not saved whole"
+
+
+def split_prefix_fault() -> str | None:
+    """Does prefix tuning fail where attention computes only a part of the heads, as in a tensor parallel model?"""
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedModel
+
+    if not hasattr(PreTrainedModel, "_tp_size"):
+        return None
+    with _aside():
+        model = _tiny(_prefix_config())
+        base = model.get_base_model()
+        attention = base.model.layers[0].self_attn
+        for name, dim in (("q_proj", 0), ("k_proj", 0), ("v_proj", 0), ("o_proj", 1)):  # one of two heads
+            projection = getattr(attention, name)
+            projection.weight = torch.nn.Parameter(projection.weight.detach().narrow(dim, 4, 4).clone())
+        base._tp_size, base._device_mesh = 2, DeviceMesh("cpu", [0, 1], _init_backend=False, _rank=1)
+        try:
+            with torch.no_grad():
+                model(input_ids=torch.tensor([[3, 4]]))
+        except Exception as error:
+            return f"prefix tuning of a tensor parallel model raises {type(error).__name__}"
+    return None
 
 
 def _prefix_config() -> Any:
