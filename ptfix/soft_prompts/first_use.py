@@ -214,6 +214,8 @@ def _private(peft_model: Any) -> Any:
     for view in twin.modules():
         if "generation_config" in view.__dict__:
             view.__dict__["generation_config"] = plain
+        if "rope_deltas" in view.__dict__:  # Qwen-VL keeps those of its last batch, which had other rows
+            view.__dict__["rope_deltas"] = None
         if "_original_forward" in view.__dict__:  # accelerate's autocast hangs on forward() and not on generate()
             view.__dict__.pop("forward", None)
     return twin
@@ -400,7 +402,14 @@ def _generated(
         truth["labels"] = new  # as in training: the decoder reads its start token, then these
     else:
         read = new[:, :-1] if batch.name == "input_ids" else model.get_input_embeddings()(new[:, :-1])
+        shape = truth[batch.name].shape[:2]
         truth[batch.name] = torch.cat((truth[batch.name], read), dim=1)
+        more = {  # what is said of each token (mm_token_type_ids) is 0 for the new ones
+            name: torch.cat((value, torch.zeros_like(value[:, : read.shape[1]])), dim=1)
+            if value.shape[:2] == shape
+            else value
+            for name, value in more.items()
+        }
     return scores, reference.logits(model, len(scores), **truth, **more, **({} if is_off(model) else task_ids))
 
 
