@@ -30,7 +30,21 @@ Function = Callable[..., Any]
 
 
 class PatchError(RuntimeError):
-    """`strict` was asked for, and a needed fix could not be applied."""
+    """`strict` was asked for, and a needed fix could not be applied, or does not mend what it was applied for."""
+
+
+#: Was ``apply(strict=True)`` called since the last `revert()`?
+_strict = False
+
+
+def is_strict() -> bool:
+    """Is an error wanted rather than a warning, by ``apply(strict=True)`` or by PTFIX_STRICT?"""
+    return _strict or strict_by_environment()
+
+
+def strict_by_environment() -> bool:
+    """PTFIX_STRICT."""
+    return os.environ.get("PTFIX_STRICT", "0") not in ("", "0")
 
 
 @dataclass(frozen=True)
@@ -117,6 +131,7 @@ class Patcher:
         Raises:
             PatchError: `strict`, and a needed fix could not be applied. What this call had set is undone first.
         """
+        global _strict
         with self._lock:
             mark, before, disabled = len(self._ledger), dict(self._rows), _disabled()
             for unknown in sorted(disabled - {fix.id for fix in self.fixes}):
@@ -135,6 +150,7 @@ class Patcher:
                 self._unwind(mark)
                 self._rows = before
                 raise PatchError("\n".join(self._warnings(report.rows, problems)))
+            _strict = _strict or strict
             news = [row for row in report.rows if row != before.get(row.fix)]
             for row in news:
                 if row.status is Status.APPLIED:
@@ -156,9 +172,11 @@ class Patcher:
 
         A wrapper that someone else put around ours stays; ours, inside it, then calls the original.
         """
+        global _strict
         with self._lock:
             self._unwind(0)
             self._rows.clear()
+            _strict = False
 
     def _commit(self, fix: Fix, plan: _Plan) -> Row:
         """Make all edits of the plan or none."""

@@ -10,13 +10,13 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
 import torch
 
-from ptfix.soft_prompts import reference
+from ptfix.soft_prompts import first_use, reference, views
 
 _VIRTUAL_TOKENS = 2
 
@@ -101,6 +101,28 @@ def prefix_checkpointing_fault() -> str | None:
     if plain is None or checkpointed is None or not torch.allclose(plain, checkpointed, atol=1e-5):
         return "with gradient checkpointing the prefix is not trained"
     return None
+
+
+def first_use_fault() -> str | None:
+    """Does generate() of a soft prompt that answers otherwise than it was trained say nothing?"""
+    with _aside(), first_use.hearing() as findings:
+        model = views.shallow(_prompt_tuned())
+        model.__class__ = _trained_otherwise(type(model))
+        with suppress(Exception):  # a host that raises is another fix's business
+            model.generate(input_ids=torch.tensor([[3, 4, 5, 6]]), **_TWO)
+    return None if findings else "nothing compares what generate() says with what was trained"
+
+
+def _trained_otherwise(model_class: type[Any]) -> type[Any]:
+    class TrainedOtherwise(model_class):  # type: ignore[misc]
+        """Its training forward says something that no generate() can."""
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            outputs = super().forward(*args, **kwargs)
+            outputs.logits = outputs.logits + torch.arange(outputs.logits.shape[-1]) * 10
+            return outputs
+
+    return TrainedOtherwise
 
 
 def sharded_saving_fault() -> str | None:
