@@ -48,7 +48,7 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _probe() -> str | None:
     from peft import PrefixTuningConfig
-    from peft.utils.other import _prepare_prompt_learning_config as prepare
+    from peft.peft_model import _prepare_prompt_learning_config as prepare  # the name that is edited
 
     for config, heads, token_dim in ((_MULTI_QUERY, 1, 8), (_WIDE_HEADS, 2, 32)):
         sized = prepare(PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=1), dict(config))

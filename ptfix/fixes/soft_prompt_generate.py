@@ -28,6 +28,12 @@ def _probe() -> str | None:
     return probes.generation_fault()
 
 
+def _drift() -> str | None:
+    from ptfix.soft_prompts import generation
+
+    return generation.drift()
+
+
 FIX = Fix(
     id="soft-prompt-generate",
     why="generate() ignores the soft prompt, raises, or continues another text than the one the adapter was trained on",
@@ -36,4 +42,5 @@ FIX = Fix(
     probe=_probe,
     edits=(Edit("peft.peft_model:PeftModelForCausalLM.generate", _wrap, ("self", "kwargs")),),
     retire_when="peft translates between real and virtual lengths itself (0.21.2 does not)",
+    drift=_drift,
 )

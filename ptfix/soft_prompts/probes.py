@@ -7,48 +7,131 @@ None.
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from ptfix.soft_prompts import reference
 
 _VIRTUAL_TOKENS = 2
 
 
+@contextmanager
+def aside() -> Iterator[None]:
+    """The same conditions whatever the caller's are; nothing of the caller's or of another thread's is touched.
+
+    Each of these acts on the current thread alone. The default dtype belongs to the process, so models are cast.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.device("cpu"),
+        _PrivateRandom(),
+        _silence(),
+    ):
+        yield
+
+
+class _PrivateRandom(TorchFunctionMode):  # type: ignore[misc]
+    """New weights are drawn from a generator of our own, not from torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator("cpu").manual_seed(0)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
+            kwargs = {**kwargs, "generator": self.generator}
+        return func(*args, **kwargs)
+
+
+class _ThisThread:
+    """The warnings and log records of the thread that made it."""
+
+    def __init__(self) -> None:
+        self.ident = threading.get_ident()
+
+    def match(self, text: str) -> bool:
+        """Asked by `warnings`, as if this were a pattern for the message."""
+        return threading.get_ident() == self.ident
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Asked by `logging`: may this record pass?"""
+        return threading.get_ident() != self.ident
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Drop what the hosts say to this thread: a broken host complains, and a warning may be an error here.
+
+    ``catch_warnings`` and ``setLevel`` would act on every thread.
+    """
+    this_thread = _ThisThread()
+    ignore: Any = ("ignore", this_thread, Warning, None, 0)
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    handlers = {handler for logger in loggers for handler in getattr(logger, "handlers", ())}
+    if logging.lastResort is not None:
+        handlers.add(logging.lastResort)
+    warnings.filters.insert(0, ignore)  # type: ignore[attr-defined]
+    for handler in handlers:
+        handler.addFilter(this_thread)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(this_thread)
+        with suppress(ValueError):  # another thread's catch_warnings() may have put the filters back
+            warnings.filters.remove(ignore)  # type: ignore[attr-defined]
+
+
+@aside()
 def generation_fault() -> str | None:
     """Does generate() of a prompt-tuned model differ from its training forward, in any of the modes that have ever
     been wrong?"""
-    with _aside():
-        model = _prompt_tuned()
-        ids = torch.tensor([[3, 4, 5, 6]])
-        return (
-            _differs("a left-padded batch", lambda: _padded_scores(model), reference.last_logits(model, ids[:, 1:])[0])
-            or _differs("greedy decoding", lambda: model.generate(input_ids=ids, **_TWO)[0, 4:], _truth(model, ids))
-            or _differs("a second turn", lambda: _second_turn(model, ids), _second_truth(model, ids))
-            or _differs(
-                "a static cache",
-                lambda: model.generate(input_ids=ids, cache_implementation="static", **_TWO)[0, 4:],
-                _truth(model, ids),
-            )
-        )
+    model = _prompt_tuned()
+    ids = torch.tensor([[3, 4, 5, 6]])
+    return (
+        _differs("a left-padded batch", lambda: _padded_scores(model), reference.last_logits(model, ids[:, 1:])[0])
+        or _differs("greedy decoding", lambda: model.generate(input_ids=ids, **_TWO)[0, 4:], _truth(model, ids))
+        or _differs("a second turn", lambda: _second_turn(model, ids), _second_truth(model, ids))
+        or _static_cache_fault(model, ids)
+    )
 
 
+def _static_cache_fault(model: Any, ids: torch.Tensor) -> str | None:
+    from transformers import GenerationConfig
+
+    if not hasattr(GenerationConfig(), "cache_implementation"):
+        return None  # before 4.38 there is no static cache
+    return _differs(
+        "a static cache",
+        lambda: model.generate(input_ids=ids, cache_implementation="static", **_TWO)[0, 4:],
+        _truth(model, ids),
+    )
+
+
+@aside()
 def left_padding_fault() -> str | None:
     """Does forward() move a left-padded text away from its soft prompt?"""
-    with _aside():
-        model = _prompt_tuned()
-        ids, mask = torch.tensor([[0, 0, 5, 6]]), torch.tensor([[0, 0, 1, 1]])
-        with torch.no_grad():
-            padded = model(input_ids=ids, attention_mask=mask).logits[0, -1]
-        alone = reference.last_logits(model, ids[:, 2:])[0]
+    model = _prompt_tuned()
+    ids, mask = torch.tensor([[0, 0, 5, 6]]), torch.tensor([[0, 0, 1, 1]])
+    with torch.no_grad():
+        padded = model(input_ids=ids, attention_mask=mask).logits[0, -1]
+    alone = reference.last_logits(model, ids[:, 2:])[0]
     return None if torch.allclose(padded, alone, atol=1e-4) else "padding on the left changes the positions of the text"
 
 
+@aside()
 def prefix_forward_fault() -> str | None:
     """Does prefix tuning train as it should, with gradient checkpointing switched on after wrapping?"""
     from peft import PrefixTuningConfig
@@ -58,27 +141,27 @@ def prefix_forward_fault() -> str | None:
     )
     ids = torch.tensor([[3, 4, 5, 6]])
     gradients = []
-    with _aside():
-        for how in ("", " with gradient checkpointing"):
-            try:
-                if not how:
-                    model = _tiny(config).train()
-                else:
-                    model.zero_grad()
-                    model.get_base_model().gradient_checkpointing_enable()
-                    model.get_base_model().enable_input_require_grads()
-                model(input_ids=ids, labels=ids).loss.backward()
-            except Exception as error:
-                return f"the training forward{how} raises {type(error).__name__}"
-            gradient = next(model.prompt_encoder.parameters()).grad
-            gradients.append(None if gradient is None else gradient.clone())
+    for how in ("", " with gradient checkpointing"):
+        try:
+            if not how:
+                model = _tiny(config).train()
+            else:
+                model.zero_grad()
+                model.get_base_model().gradient_checkpointing_enable()
+                model.get_base_model().enable_input_require_grads()
+            model(input_ids=ids, labels=ids).loss.backward()
+        except Exception as error:
+            return f"the training forward{how} raises {type(error).__name__}"
+        gradient = next(model.prompt_encoder.parameters()).grad
+        gradients.append(None if gradient is None else gradient.clone())
     plain, checkpointed = gradients
     if plain is None or checkpointed is None or not torch.allclose(plain, checkpointed, atol=1e-5):
         return "with gradient checkpointing the prefix is not trained"
     return None
 
 
-_TWO = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+#: Not synchronized: one rank may ask alone.
+_TWO = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "synced_gpus": False}
 
 
 @cache
@@ -106,7 +189,8 @@ def _tiny(config: Any) -> Any:
             pad_token_id=0,
         )
     )
-    wrapped = get_peft_model(model, config)
+    # Cast twice: peft notes the dtype of what it wraps, and makes the soft prompt in the default one.
+    wrapped = get_peft_model(model.float(), config).float()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in wrapped.parameters():
@@ -152,19 +236,3 @@ def _differs(what: str, run: Callable[[], torch.Tensor], truth: torch.Tensor) ->
     except Exception as error:
         return f"{what} raises {type(error).__name__}"
     return None if same else f"{what} is continued otherwise than by the training forward"
-
-
-@contextmanager
-def _aside() -> Iterator[None]:
-    """Leave the user's random state, warnings and log as they were."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loggers = [logging.getLogger(name) for name in ("transformers", "peft")]
-        levels = [logger.level for logger in loggers]
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.CRITICAL)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
