@@ -151,13 +151,9 @@ class Patcher:
                 log.warning(
                     "PTFIX_DISABLE names %s, which is no fix of this release; `ptfix doctor` lists them.", unknown
                 )
-            settled = {fix for fix, row in before.items() if row.status in (Status.APPLIED, Status.NOT_NEEDED)}
-            todo = [fix for fix in self.fixes if fix.id not in settled]
+            todo = self._unsettled()
             problems = _problems(todo, disabled)
-            # All plans before the first commit: a probe must meet the stock host, not the work of an earlier fix.
-            plans = [(fix, _plan(fix, problems, disabled)) for fix in todo]
-            for fix, plan in plans:
-                self._rows[fix.id] = self._commit(fix, plan)
+            self._rows |= self._commit_all(todo, problems, disabled)
             report = self._report(self._rows)
             if strict and any(row.status is Status.UNSUPPORTED for row in report.rows):
                 self._unwind(mark)
@@ -179,6 +175,21 @@ class Patcher:
             problems = _problems(todo, disabled)
             return self._report(self._rows | {fix.id: _plan(fix, problems, disabled).row for fix in todo})
 
+    def trial(self) -> Report:
+        """What `apply()` would come to: makes and proves every edit, and takes it back."""
+        with self._lock:
+            mark, disabled, todo = len(self._ledger), _disabled(), self._unsettled()
+            try:
+                rows = self._commit_all(todo, _problems(todo, disabled), disabled)
+            finally:
+                self._unwind(mark)
+            waiting = {
+                fix: Row(fix, Status.DISABLED, f"needed, call ptfix.apply(): {row.reason}", waiting=True)
+                for fix, row in rows.items()
+                if row.status is Status.APPLIED
+            }
+            return self._report(self._rows | rows | waiting)
+
     def revert(self) -> None:
         """Give every host attribute back the object it held.
 
@@ -187,6 +198,15 @@ class Patcher:
         with self._lock:
             self._unwind(0)
             self._rows.clear()
+
+    def _unsettled(self) -> list[Fix]:
+        settled = {fix for fix, row in self._rows.items() if row.status in (Status.APPLIED, Status.NOT_NEEDED)}
+        return [fix for fix in self.fixes if fix.id not in settled]
+
+    def _commit_all(self, todo: Iterable[Fix], problems: Mapping[str, str], disabled: set[str]) -> dict[str, Row]:
+        # All plans before the first commit: a probe must meet the stock host, not the work of an earlier fix.
+        plans = [(fix, _plan(fix, problems, disabled)) for fix in todo]
+        return {fix.id: self._commit(fix, plan) for fix, plan in plans}
 
     def _commit(self, fix: Fix, plan: _Plan) -> Row:
         """Take the first way that mends the host; leave the host as it was where none does."""
