@@ -5,6 +5,7 @@ nox -s matrix-all -- --jobs 2                           # all that are not measu
 nox -s matrix-quick                                     # a few pairs, the central modes, nothing written
 nox -s chat-templates                                   # what each release saves, every other loads
 nox -s sequence-length                                  # guard, warmup and retention where the Trainer's hooks differ
+nox -s newest                                           # the newest hosts on the index, whatever they are; -- --pre
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ SAVERS = [
     ("4.52.4", "0.15.2"),
     ("4.57.6", "0.17.1"),
     ("5.0.0", "0.18.1"),
-    ("5.23.0", "0.21.2"),
+    ("5.24.0", "0.21.2"),
 ]
 SAVING = ("tests/chat_templates/test_saving.py", "tests/chat_templates/test_parity.py")
 
@@ -56,8 +57,33 @@ TRAINERS = [
     ("4.51.3", "0.15.2"),
     ("4.57.6", "0.17.1"),
     ("5.0.0", "0.18.1"),
-    ("5.23.0", "0.21.2"),
+    ("5.24.0", "0.21.2"),
 ]
+
+#: what `newest` asks of a pair that nobody has seen
+NEWEST = {
+    "modes": (
+        "python",
+        "-m",
+        "tests.matrix.run",
+        "--runners",
+        "ptfix",
+        "--architectures",
+        "llama,qwen2,gemma2,gpt2",
+        "--methods",
+        "prompt_tuning,prefix_tuning",
+    ),
+    "forward": ("python", "-m", "tests.matrix.forward_unchanged", "llama", "gemma3_text", "gpt2", "roberta"),
+    "stories": ("pytest", "-q", "tests/matrix/test_stories.py", "tests/test_tutorial.py"),
+    "templates": ("pytest", "-q", "tests/chat_templates/test_readers.py", *SAVING),
+    "lengths": ("pytest", "-q", "tests/sequence_length/test_guard.py", "tests/sequence_length/test_warmup_callback.py"),
+}
+# Without trl, whose own bounds would choose the hosts.
+NEWEST_TOOLS = ("accelerate", "gguf", "hypothesis", "jinja2", "packaging", "pytest", "pyyaml", "tqdm")
+FLOORS = {"transformers": "4.36", "peft": "0.6"}
+CONSTRAINTS = Path(__file__).with_name("constraints.txt")
+WHICH = "import ptfix; print(*map(' '.join, ptfix.status().hosts.items()), sep=', ', end='')"
+
 INTERPRETERS = Path(__file__).with_name(".nox") / "interpreters"
 
 for ours, theirs in (("UV_FIND_LINKS", "PIP_FIND_LINKS"), ("SSL_CERT_FILE", "PIP_CERT")):
@@ -139,6 +165,33 @@ def sequence_length(session: nox.Session, transformers: str, peft: str) -> None:
     _environment(session, transformers, peft)
     session.install("hypothesis")
     session.run("pytest", "-q", "tests/sequence_length", "tests/test_report_command.py", *session.posargs)
+
+
+@nox.session(name="newest")
+def newest(session: nox.Session) -> None:
+    """What the newest transformers and peft on the index make of ptfix, in a quarter of an hour; nothing is written.
+
+    `-- --pre` takes their pre-releases too.
+    """
+    lowest = ".dev0" if "--pre" in session.posargs else ""  # names a pre-release, which lets these two have one
+    hosts = [f"{name}>={floor}{lowest}" for name, floor in FLOORS.items()]
+    torch = next(line for line in CONSTRAINTS.read_text(encoding="utf-8").splitlines() if line.startswith("torch=="))
+    session.install("--upgrade", torch, *hosts, *NEWEST_TOOLS)
+    session.install("--no-deps", "-e", ".")
+    session.env.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    short = [what for what, command in NEWEST.items() if not _passes(session, *command)]
+    found = session.run("python", "-c", WHICH, silent=True)
+    if short:
+        session.error(f"{found}: falls short in {', '.join(short)}; what does is printed above")
+    session.log(f"{found}: nothing falls short")
+
+
+def _passes(session: nox.Session, *command: str) -> bool:
+    try:
+        session.run(*command)
+    except nox.command.CommandFailed:
+        return False
+    return True
 
 
 def _cell(transformers: str, peft: str) -> dict[str, object]:

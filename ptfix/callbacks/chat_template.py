@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ptfix import models
 from ptfix.callbacks.problems import OnProblem, Problems
 from ptfix.callbacks.running import stop_tokens
 from ptfix.chat_templates import choosing, files, parity, readers, saving
@@ -78,7 +79,10 @@ class ChatTemplateCallback(TrainerCallback):  # type: ignore[misc]  # the hosts 
         if args.should_save:
             self._verify(Path(args.output_dir), complete=False)
         if self.smoke_tokens and self._saver is not None and state.is_world_process_zero:
-            self._smoke(kwargs["model"])
+            if models.is_sharded(args, kwargs["model"]):
+                logger.warning("the model was not asked a question: each process holds only a part of the weights.")
+            else:
+                self._smoke(kwargs["model"])
 
     def _register(self, given: dict[str, Any]) -> None:
         """The object whose template counts: the Trainer's own, or the collator's, or the base model's."""

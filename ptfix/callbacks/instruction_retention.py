@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ptfix import models
 from ptfix.callbacks.running import stop_tokens, trainer_of
-from ptfix.callbacks.soft_prompt import is_sharded
 from ptfix.chat_templates import saving
 from ptfix.sequence_length import retention
 from ptfix.soft_prompts import check
@@ -66,14 +66,13 @@ class InstructionRetentionCallback(TrainerCallback):  # type: ignore[misc]  # th
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._compared_at, self._alerted = None, False
-        model = check.unwrap(kwargs["model"])
         if not state.is_world_process_zero:
             return
-        if is_sharded(args, model):
+        if models.is_sharded(args, kwargs["model"]):
             logger.warning("instruction retention is not measured: each process holds only a part of the weights.")
             return
         try:
-            self._memories = self._remembered(model, args, state, kwargs)
+            self._memories = self._remembered(check.unwrap(kwargs["model"]), args, state, kwargs)
         except Exception as error:  # the training must not be lost; but nobody shall believe that it is watched
             self._memories = []
             logger.warning("instruction retention is not measured: %s", check.told(error))

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ptfix import models
 from ptfix.callbacks.problems import OnProblem, Problems
-from ptfix.callbacks.soft_prompt import is_sharded
 from ptfix.chat_templates import choosing
 from ptfix.sequence_length import context, judgement, parity, rows
 from ptfix.soft_prompts import adapter, check
@@ -94,7 +94,8 @@ class SequenceLengthGuardCallback(TrainerCallback):  # type: ignore[misc]  # the
             own_config = _config_of(model)
         if boundary is None and own_config is None:
             return []
-        if _is_split(args, model):
+        # Weights on the meta device are loaded by accelerate when they are needed.
+        if models.is_sharded(args, model) or any(one.device.type == "meta" for one in model.parameters()):
             logger.warning("the model is sharded, so its sequence length was judged by config and rows, without probes")
             return []
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -107,14 +108,6 @@ class SequenceLengthGuardCallback(TrainerCallback):  # type: ignore[misc]  # the
     def _warn(self, state: Any, sentences: list[str]) -> None:
         if state.is_world_process_zero:
             self._problems.tell(*sentences)
-
-
-def _is_split(args: Any, model: Any) -> bool:
-    """Does each process hold a part of the weights (FSDP, ZeRO-3), or are some of them not loaded?"""
-    if is_sharded(args, model) or any(hasattr(module, "_fsdp_wrapped_module") for module in model.modules()):
-        return True
-    # FSDP2, and weights that accelerate loads when they are needed.
-    return any(hasattr(one, "device_mesh") or one.device.type == "meta" for one in model.parameters())
 
 
 def _virtual_tokens(model: Any) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import TrainerCallback
 
+from ptfix import models
 from ptfix.callbacks.problems import OnProblem, Problems
+
+logger = logging.getLogger("ptfix")
 
 #: Enough text to be typical, little enough to cost nothing.
 _ROW_LENGTH = 32
@@ -21,7 +25,8 @@ class SoftPromptError(RuntimeError):
 class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]  # the hosts are untyped here
     """Check a soft prompt when training ends: it acts, and generate() says what the training forward says.
 
-    Silent about models without a soft prompt. It costs a dozen forward passes of one short row, once.
+    Silent about models without a soft prompt. Where each process holds only a part of the weights (FSDP, ZeRO-3, tensor
+    parallel) the check is left out, and that is said. It costs a dozen forward passes of one short row, once.
 
     Args:
         on_problem: ``"warn"`` through ``logging.getLogger("ptfix")``, or ``"raise"`` a `SoftPromptError`.
@@ -39,9 +44,11 @@ class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]  # the hosts ar
     ) -> None:
         self._problems = Problems(on_problem, SoftPromptError)
         self.every_save, self.new_tokens, self.rows = every_save, new_tokens, rows
+        self._left_out = False  # said in this run
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._problems.begin()
+        self._left_out = False
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.every_save:
@@ -52,7 +59,15 @@ class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]  # the hosts ar
 
     def _check(self, args: Any, state: Any, given: dict[str, Any]) -> None:
         model = _soft_prompted(given.get("model"))
-        if model is None or not state.is_world_process_zero or is_sharded(args, model):
+        if model is None or not state.is_world_process_zero:
+            return
+        if models.is_sharded(args, given["model"]):
+            if not self._left_out:
+                logger.warning(
+                    "the soft prompt was not checked: each process holds only a part of the weights. "
+                    "`ptfix verify` checks the saved adapter."
+                )
+            self._left_out = True
             return
         try:
             problem = self._problem(model, given.get("train_dataloader"))
@@ -89,12 +104,8 @@ def _soft_prompted(model: Any) -> Any:
     from ptfix.soft_prompts import adapter, check
 
     model = check.unwrap(model)
+    model = check.unwrap(getattr(model, "_fsdp_wrapped_module", model))
     return model if isinstance(model, peft.PeftModelForCausalLM) and adapter.has_soft_prompt(model) else None
-
-
-def is_sharded(args: Any, model: Any) -> bool:
-    """Does each process hold a part of the weights (FSDP, ZeRO-3)? There one forward pass waits for all the others."""
-    return bool(getattr(args, "fsdp", None)) or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _first_row(dataloader: Any, base: Any) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ptfix.demo import training
-from ptfix.soft_prompts import check, reference
+from ptfix.soft_prompts import caches, check, reference
 
 NEW_TOKENS = 28
 #: Stands in a batch beside a short one, which is padded to this length.
@@ -88,11 +88,12 @@ def padded(model: Any, talk: Talk) -> Answer:
 def second_turn(model: Any, talk: Talk) -> Answer:
     """A question, its answer, and the next question on the cache that the first one returned."""
     first = talk.generate(model, talk.question(QUESTION))
-    if first.past_key_values is None:
+    cache = caches.of(first)
+    if cache is None:
         raise NotImplementedError("this transformers returns no cache")
     text = f"\n<|im_start|>user\n{FOLLOW_UP}<|im_end|>\n<|im_start|>assistant\n"
     row = torch.cat((first.sequences, torch.tensor([talk.tokenizer(text)["input_ids"]])), dim=1)
-    out = talk.generate(model, row, past_key_values=first.past_key_values)
+    out = talk.generate(model, row, **{caches.keyword(): cache})
     return talk.answer(row, out.sequences[0, row.shape[1] :])
 
 

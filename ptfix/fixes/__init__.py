@@ -6,8 +6,11 @@ from ptfix.fixes import (
     active_adapters,
     chat_template_saving,
     left_padded_forward,
+    prefix_checkpointing,
     prefix_forward,
     prefix_sizes,
+    prefix_tensor_parallel,
+    sharded_prompt_saving,
     soft_prompt_generate,
     trainer_tokenizer,
 )
@@ -16,8 +19,11 @@ from ptfix.patching import Fix
 ALL: tuple[Fix, ...] = (
     prefix_sizes.FIX,
     prefix_forward.FIX,
+    prefix_checkpointing.FIX,
+    prefix_tensor_parallel.FIX,
     left_padded_forward.FIX,
     soft_prompt_generate.FIX,
+    sharded_prompt_saving.FIX,
     active_adapters.FIX,
     trainer_tokenizer.FIX,
     chat_template_saving.FIX,

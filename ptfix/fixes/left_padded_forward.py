@@ -7,6 +7,7 @@ keep the old ones.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,15 +16,22 @@ from ptfix.patching import Edit, Fix
 
 def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     from ptfix.soft_prompts import training
-    from ptfix.soft_prompts.adapter import SoftPrompt, has_soft_prompt
+    from ptfix.soft_prompts.adapter import active_config, has_soft_prompt
+
+    names = tuple(inspect.signature(original).parameters)[1:]
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not has_soft_prompt(self):
+        if training.is_traced():
+            # A graph cannot depend on what a mask holds, so it stays the host's own, without a break.
+            if active_config(self).is_prompt_learning:
+                training.say_that_graphs_keep_padding()
             return original(self, *args, **kwargs)
-        prompt = SoftPrompt(self)
-        aside = functools.partial(training.padding_aside, virtual_tokens=0 if prompt.is_prefix else prompt.length)
-        return original(training.with_base_call(self, aside), *args, **kwargs)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        pads = training.is_left_padded(given) if has_soft_prompt(self) else None
+        if pads is None:
+            return original(self, *args, **kwargs)
+        return training.padding_on_the_right(original, self, given, pads)
 
     return forward
 
@@ -41,5 +49,5 @@ FIX = Fix(
     affects={},
     probe=_probe,
     edits=(Edit("peft.peft_model:PeftModelForCausalLM.forward", _wrap, ("self", "attention_mask", "kwargs")),),
-    retire_when="peft computes position_ids from the extended mask (0.21.2 does not)",
+    retire_when="peft's forward() keeps padding out of the way of the soft prompt (0.21.2 does not)",
 )

@@ -1,4 +1,7 @@
-"""Prefix tuning trains on every pair: the prefix comes in the cache this release reads, and reaches every layer."""
+"""Prefix tuning trains on every pair: the prefix comes in a KV cache that this release reads, and reaches every layer.
+
+peft 0.20 and later on transformers 4.56 and later do this for every architecture, layer by layer where layers differ.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,21 @@ from typing import Any
 from ptfix.patching import Edit, Fix
 
 
-def _has_prefix(peft_model: Any) -> bool:
-    from ptfix.soft_prompts.adapter import SoftPrompt, has_soft_prompt
+@functools.cache
+def _full_attention_fails() -> bool:
+    # Asked before the first commit, of the host as it is: see _probe.
+    from ptfix.soft_prompts import probes
 
-    return has_soft_prompt(peft_model) and SoftPrompt(peft_model).is_prefix
+    return probes.full_attention_prefix_fault() is not None
+
+
+def _is_ours(peft_model: Any) -> bool:
+    """Has this model a prefix that the host does not read? Where only sliding windows fail, the others stay stock's."""
+    from ptfix.soft_prompts import adapter, caches
+
+    if not adapter.has_prefix(peft_model):
+        return False
+    return _full_attention_fails() or caches.window(peft_model.base_model) is not None
 
 
 def _wrap_get_prompt(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -21,7 +35,7 @@ def _wrap_get_prompt(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def get_prompt(self: Any, batch_size: int, *args: Any, **kwargs: Any) -> Any:
-        if not _has_prefix(self):
+        if not _is_ours(self):
             return original(self, batch_size, *args, **kwargs)
         return caches.fill(None, SoftPrompt(self).key_values(batch_size), training.origin(self.base_model))
 
@@ -34,7 +48,7 @@ def _wrap_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _has_prefix(self):
+        if not _is_ours(self):
             return original(self, *args, **kwargs)
         read = functools.partial(training.prefix_is_read, prompt=SoftPrompt(self))
         return original(training.with_base_call(self, read), *args, **kwargs)
@@ -45,18 +59,19 @@ def _wrap_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 def _probe() -> str | None:
     from ptfix.soft_prompts import probes
 
+    _full_attention_fails()
     return probes.prefix_forward_fault()
 
 
 FIX = Fix(
     id="prefix-forward",
-    why="prefix tuning raises where the cache format moved on, and is not trained under gradient checkpointing",
-    link="https://github.com/huggingface/peft/issues/869",
+    why="prefix tuning raises, or the prefix is read wrongly, where the format of KV caches moved on",
+    link="https://github.com/huggingface/peft/pull/3471",
     affects={},
     probe=_probe,
     edits=(
         Edit("peft.peft_model:PeftModel.get_prompt", _wrap_get_prompt, ("self", "batch_size")),
         Edit("peft.peft_model:PeftModelForCausalLM.forward", _wrap_forward, ("self", "kwargs")),
     ),
-    retire_when="peft trains a prefix under gradient checkpointing (0.21.2 refuses or gives a zero gradient)",
+    retire_when="the floor is peft 0.20 with transformers 4.56",
 )

@@ -24,18 +24,29 @@ def key_value_shape(config: dict[str, Any]) -> tuple[int, int] | None:
     if heads is None or hidden is None:
         return None
     head_dim = config.get("head_dim") or hidden // heads
-    if config.get("multi_query") and not config.get("new_decoder_architecture"):
+    if _has_one_head(config):
         return 1, head_dim
     return config.get("num_key_value_heads") or config.get("num_kv_heads") or heads, head_dim
 
 
+def _has_one_head(config: dict[str, Any]) -> bool:
+    """Multi-query attention: one head of keys and values for all queries."""
+    return bool(config.get("multi_query") and not config.get("new_decoder_architecture"))
+
+
 def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+    wrong = {
+        one_head for one_head, config in ((True, _MULTI_QUERY), (False, _WIDE_HEADS)) if _is_wrong(original, config)
+    }
+
     @functools.wraps(original)
     def prepare(peft_config: Any, model_config: Any) -> Any:
         sized_by_hand = peft_config.token_dim is not None or peft_config.num_attention_heads is not None
         fields = model_config.to_dict() if hasattr(model_config, "to_dict") else model_config
         fields = fields.get("text_config") or fields
-        shape = key_value_shape(fields) if peft_config.peft_type == "PREFIX_TUNING" and not sized_by_hand else None
+        # Only the kind of attention that this peft gets wrong: what it sizes right, it may size for reasons of its own.
+        ours = peft_config.peft_type == "PREFIX_TUNING" and not sized_by_hand and _has_one_head(fields) in wrong
+        shape = key_value_shape(fields) if ours else None
         # An encoder's width has always followed the hidden size, whatever the keys and values measure.
         result = original(peft_config, model_config)
         if shape is not None:
@@ -46,14 +57,19 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     return prepare
 
 
-def _probe() -> str | None:
+def _is_wrong(prepare: Callable[..., Any], config: dict[str, Any]) -> bool:
     from peft import PrefixTuningConfig
+
+    heads, head_dim = key_value_shape(config) or (0, 0)
+    sized = prepare(PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=1), dict(config))
+    return (sized.num_attention_heads, sized.token_dim) != (heads, heads * head_dim)
+
+
+def _probe() -> str | None:
     from peft.peft_model import _prepare_prompt_learning_config as prepare  # the name that is edited
 
-    for config, heads, token_dim in ((_MULTI_QUERY, 1, 8), (_WIDE_HEADS, 2, 32)):
-        sized = prepare(PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=1), dict(config))
-        if (sized.num_attention_heads, sized.token_dim) != (heads, token_dim):
-            return "a prefix for grouped or multi-query attention gets the wrong shape"
+    if any(_is_wrong(prepare, config) for config in (_MULTI_QUERY, _WIDE_HEADS)):
+        return "a prefix for grouped or multi-query attention gets the wrong shape"
     return None
 
 

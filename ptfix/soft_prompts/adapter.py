@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 
-KeyValues = list[tuple[torch.Tensor, torch.Tensor]]
+from ptfix.soft_prompts import tensor_parallel
+
+#: A prefix, layer by layer: ``(key, value)``, each ``[batch, kv heads, virtual tokens, head dim]``; None for a layer
+#: that takes none.
+KeyValues = list[tuple[torch.Tensor, torch.Tensor] | None]
 
 #: peft types whose soft prompt lives in the KV cache; every other prompt-learning type has embeddings.
 _PREFIX_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
@@ -24,15 +28,24 @@ def active_config(peft_model: Any) -> Any:
 
 
 def has_soft_prompt(peft_model: Any) -> bool:
-    """Is the active adapter a decoder-only prompt-learning one, and switched on?
+    """Is the active adapter a decoder-only prompt-learning one for causal language modelling, and switched on?
 
     disable_adapter() hangs the base model's forward on the PeftModel; that is the one sign all releases of peft share.
     """
+    from peft import PeftModelForCausalLM
+
     base = peft_model.base_model
     encoder_decoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    if not isinstance(peft_model, PeftModelForCausalLM):
+        return False
     if not active_config(peft_model).is_prompt_learning or encoder_decoder:
         return False
     return bool(vars(peft_model).get("forward") != base.forward)
+
+
+def has_prefix(peft_model: Any) -> bool:
+    """Is the active soft prompt a prefix: keys and values in the KV cache?"""
+    return has_soft_prompt(peft_model) and SoftPrompt(peft_model).is_prefix
 
 
 @dataclass(frozen=True)
@@ -67,9 +80,9 @@ class SoftPrompt:
         return prompt
 
     def key_values(self, batch_size: int) -> KeyValues:
-        """The prefix: per layer ``(key, value)``, each ``[batch, kv heads, virtual tokens, head dim]``.
+        """The prefix as the adapter stores it: of the same shape in every layer.
 
-        Made from the prompt encoder's output alone: which cache holds it is the host's affair (see `caches`).
+        Made from the prompt encoder's output alone: how a model's layers and caches hold it, `caches` knows.
         """
         config, peft_model = self.config, self.peft_model
         encoder = peft_model.prompt_encoder[peft_model.active_adapter]
@@ -85,4 +98,10 @@ class SoftPrompt:
         heads = config.num_attention_heads
         flat = flat.view(1, self.length, config.num_layers, 2, heads, config.token_dim // heads)
         layers = flat.permute(2, 3, 0, 4, 1, 5).expand(-1, -1, batch_size, -1, -1, -1)
+        base = peft_model.base_model
+        if tensor_parallel.is_split(base):
+            return [
+                (tensor_parallel.share(key, index, base), tensor_parallel.share(value, index, base))
+                for index, (key, value) in enumerate(layers)
+            ]
         return [(layer[0], layer[1]) for layer in layers]

@@ -10,15 +10,47 @@ import copy
 import functools
 import importlib.util
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 
-from ptfix.soft_prompts import views
-from ptfix.soft_prompts.adapter import KeyValues
+from ptfix.soft_prompts import padding, views
+
+if TYPE_CHECKING:
+    from ptfix.soft_prompts.adapter import KeyValues, SoftPrompt
 
 _legacy_layouts: WeakKeyDictionary[torch.nn.Module, list[tuple[int, ...]] | None] = WeakKeyDictionary()
+
+#: What hosts call the KV cache, in arguments and in outputs; transformers 5.24 renamed it.
+_NAMES = ("cache", "past_key_values")
+
+
+@functools.cache
+def keyword() -> str:
+    """The name by which this host's generate() hands the KV cache on, and by which its outputs return it."""
+    from transformers import GenerationMixin
+
+    parameters = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return next((name for name in _NAMES if name in parameters), "past_key_values")
+
+
+def taken_from(arguments: dict[str, Any]) -> Any:
+    """The KV cache among a call's arguments, taken out of them under whichever name it stands there."""
+    found = [arguments.pop(name, None) for name in _NAMES]
+    return next((value for value in found if value is not None), None)
+
+
+def name_in(outputs: Any) -> str | None:
+    """The key of a model's or generate()'s outputs that holds a KV cache; None where there is none."""
+    return next((name for name in _NAMES if name in outputs and outputs[name] is not None), None)
+
+
+def of(outputs: Any) -> Any:
+    """The KV cache in a model's or generate()'s outputs, or None."""
+    name = name_in(outputs)
+    return None if name is None else outputs[name]
 
 
 def is_cache(past_key_values: Any) -> bool:
@@ -48,6 +80,12 @@ def length(past_key_values: Any) -> int:
     return int(past_key_values.get_seq_length() or 0)
 
 
+def keeps_states(past_key_values: Any) -> bool:
+    """Are all layers recurrent, so that the cache keeps states and cannot say how many positions made them?"""
+    linear = getattr(past_key_values, "is_linear", None)
+    return isinstance(linear, list) and bool(linear) and all(linear)
+
+
 def _sliding_layers(past_key_values: Any) -> Any:
     """Which layers of a HybridCache have a sliding window; the attribute had another name in 4.52 and 4.53."""
     return getattr(past_key_values, "is_sliding", getattr(past_key_values, "is_sliding_list", None))
@@ -66,13 +104,14 @@ class OnLayers:
 
 def crop(past_key_values: Any, positions: int) -> Any:
     """The cache with only its first `positions` positions; raises ValueError for a cache that cannot forget."""
-    if past_key_values is None or length(past_key_values) <= positions:
+    if past_key_values is None or keeps_states(past_key_values) or length(past_key_values) <= positions:
         return past_key_values
     if is_cache(past_key_values):
         if positions == 0 and not hasattr(past_key_values, "crop"):
             past_key_values.reset()
         elif hasattr(past_key_values, "crop"):
-            past_key_values.crop(positions)
+            # How many to remove: since transformers 5.20 a positive number, the length to keep, raises.
+            past_key_values.crop(positions - length(past_key_values))
         else:
             raise ValueError(
                 f"a {type(past_key_values).__name__} cannot be cropped; pass a DynamicCache or a shorter cache."
@@ -80,7 +119,34 @@ def crop(past_key_values: Any, positions: int) -> Any:
         return past_key_values
     if positions == 0:
         return None
-    raise ValueError("a legacy tuple of past_key_values longer than the text cannot be continued; pass the full text.")
+    raise ValueError("a legacy tuple of past_key_values cannot be shortened to the text; generate again without it.")
+
+
+def prefix_of(prompt: SoftPrompt, batch_size: int) -> KeyValues:
+    """The prefix as training gives it to each layer.
+
+    Layers may differ in their heads, or take no prefix (Gemma 4). What peft's own get_prompt() makes of each says so,
+    where hosts have caches made of layers.
+    """
+    from transformers import DynamicCache
+
+    stored = prompt.key_values(batch_size)
+    if not hasattr(DynamicCache(), "layers"):
+        return stored
+    layers = prompt.peft_model.get_prompt(batch_size=batch_size).layers
+    shaped: KeyValues = []
+    for layer, pair in zip(layers, stored, strict=False):
+        held = getattr(layer, "keys", None)
+        if pair is None or held is None or not held.numel():
+            shaped.append(None)
+        else:
+            heads, dim = held.shape[1], held.shape[-1]
+            shaped.append((pair[0][:, :heads, :, :dim], pair[1][:, :heads, :, :dim]))
+    return shaped
+
+
+def _first(prefix: KeyValues) -> tuple[torch.Tensor, torch.Tensor]:
+    return next(pair for pair in prefix if pair is not None)
 
 
 def fill(past_key_values: Any, prefix: KeyValues, base_model: Any) -> Any:
@@ -95,12 +161,14 @@ def fill(past_key_values: Any, prefix: KeyValues, base_model: Any) -> Any:
         if not _caches_can_be_cropped():
             return tuple(prefix)
         past_key_values = new(base_model)
-    positions = torch.arange(prefix[0][0].shape[-2], device=prefix[0][0].device)
+    first, _ = _first(prefix)
+    positions = torch.arange(first.shape[-2], device=first.device)
     is_sliding = _sliding_layers(past_key_values)
     layers = getattr(past_key_values, "layers", None) or []
-    for index, (key, value) in enumerate(prefix):
-        if index < len(layers) and not hasattr(layers[index], "get_mask_sizes"):
+    for index, pair in enumerate(prefix):
+        if pair is None or (index < len(layers) and not hasattr(layers[index], "get_mask_sizes")):
             continue  # a recurrent layer keeps a state, not positions: there is no prefix to give it
+        key, value = pair
         sliding = is_sliding is not None and index < len(is_sliding) and bool(is_sliding[index])
         options = {
             "cache_position": positions,
@@ -108,6 +176,52 @@ def fill(past_key_values: Any, prefix: KeyValues, base_model: Any) -> Any:
         }
         past_key_values.update(key, value, index, options)
     return past_key_values
+
+
+def rolled(past_key_values: Any, shifts: torch.Tensor) -> Any:
+    """The cache with each row's positions rolled by its own ``shifts [batch]`` to the right.
+
+    None where that cannot be: a sliding window has let go of positions, or a layer keeps a state in place of positions.
+    """
+    if not is_cache(past_key_values):
+        return None  # legacy tuples keep their positions in a different place in each architecture
+    held = length(past_key_values)
+    if any(each is None or each.shape[-2] != held for pair in pairs(past_key_values) for each in pair):
+        return None
+    return changed(past_key_values, lambda states, layer: padding.roll(states, shifts, -2))
+
+
+def pairs(past_key_values: Any) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
+    """Each layer's keys and values; None for a layer that has none, or none yet."""
+    layers = getattr(past_key_values, "layers", None)
+    if not is_cache(past_key_values):
+        found = [(layer[0], layer[1]) for layer in past_key_values]
+    elif layers is not None:
+        found = [(vars(layer).get("keys"), vars(layer).get("values")) for layer in layers]
+    else:
+        found = list(zip(past_key_values.key_cache, past_key_values.value_cache, strict=True))
+    return [tuple(each if isinstance(each, torch.Tensor) else None for each in pair) for pair in found]  # type: ignore[misc]
+
+
+def changed(past_key_values: Any, change: Callable[[torch.Tensor, int], torch.Tensor]) -> Any:
+    """A copy of a cache with ``change(keys or values, layer)`` in place of each layer's."""
+    new_pairs = [
+        tuple(None if each is None else change(each, index) for each in pair)
+        for index, pair in enumerate(pairs(past_key_values))
+    ]
+    if not is_cache(past_key_values):
+        return tuple(new_pairs)
+    copied = copy.copy(past_key_values)
+    layers = getattr(past_key_values, "layers", None)
+    if layers is None:
+        copied.key_cache = [key for key, _ in new_pairs]
+        copied.value_cache = [value for _, value in new_pairs]
+        return copied
+    copied.layers = [copy.copy(layer) for layer in layers]
+    for layer, (key, value) in zip(copied.layers, new_pairs, strict=True):
+        if key is not None:
+            layer.keys, layer.values = key, value
+    return copied
 
 
 def _caches_can_be_cropped() -> bool:
@@ -123,9 +237,9 @@ def window(base_model: Any) -> int | None:
     return getattr(text_config(base_model), "sliding_window", None)
 
 
-def counts_places(base_model: Any) -> bool:
-    """Does a sliding window count places in a Cache, so that it matters where a prefix stands?"""
-    return window(base_model) is not None and _caches_can_be_cropped() and legacy_layout(base_model) is None
+def can_lay_in(base_model: Any) -> bool:
+    """Does this model read Cache objects, so that a prefix can stand behind a row's padding?"""
+    return _caches_can_be_cropped() and legacy_layout(base_model) is None
 
 
 def wants_one_span(base_model: Any, tokens: int) -> bool:
@@ -135,23 +249,40 @@ def wants_one_span(base_model: Any, tokens: int) -> bool:
     the text, and (from 4.48 on) cuts its mask, but not its keys, to the window.
     """
     return (
-        counts_places(base_model)
+        window(base_model) is not None
+        and can_lay_in(base_model)
         and tokens > (window(base_model) or 0)
         and importlib.util.find_spec("transformers.masking_utils") is None
     )
 
 
-def lay_in(past_key_values: Any, prefix: KeyValues, first: torch.Tensor, base_model: Any) -> Any:
-    """An empty cache that takes `prefix` for what the next feed says at the positions from ``first [batch]`` on.
+@functools.cache
+def padded_rows_need_one_span() -> bool:
+    """Must left-padded rows be fed from the first token on, unless by one token at a time?
 
-    So a prefix can stand behind padding, and be fed in one span with the text: sliding windows count places. The feed
-    must reach beyond these positions; what it says there is not read. A cache given is changed in place, until then.
+    In transformers 4.36 to 4.38 the mask for SDPA is mended row by row after a mask that it takes for that of the
+    tokens fed, though it also covers what the cache holds.
+    """
+    try:
+        from transformers.modeling_attn_mask_utils import AttentionMaskConverter
+    except ImportError:
+        return False
+    unmask = getattr(AttentionMaskConverter, "_unmask_unattended", None)
+    return unmask is not None and "attention_mask" in inspect.signature(unmask).parameters
+
+
+def lay_in(past_key_values: Any, prefix: KeyValues, first: torch.Tensor, base_model: Any) -> Any:
+    """An empty cache that takes `prefix` for what is fed at the positions from ``first [rows]`` on.
+
+    So a prefix can stand behind padding, and be fed in one span or in chunks with the text: sliding windows count
+    places. What is fed at the positions of the prefix is not read. A cache given is changed in place, until the last
+    of these positions has been fed.
     """
     if not is_cache(past_key_values):
         past_key_values = new(base_model)
-    places = first.unsqueeze(1) + torch.arange(prefix[0][0].shape[-2], device=first.device)
+    stop = int(first.max()) + _first(prefix)[0].shape[-2]
     vars(past_key_values)["_ptfix_laid_in"] = {
-        layer: (key, value, places[:, None, :, None]) for layer, (key, value) in enumerate(prefix)
+        layer: (*pair, first, 0, stop) for layer, pair in enumerate(prefix) if pair is not None
     }
     past_key_values.__class__ = _laid_in_class(type(past_key_values))  # type: ignore[arg-type]
     return past_key_values
@@ -162,15 +293,27 @@ def _laid_in_class(kind: type[Any]) -> type[Any]:
     def update(self: Any, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         waiting = vars(self)["_ptfix_laid_in"]
         if layer_idx in waiting:
-            prefix_key, prefix_value, places = waiting.pop(layer_idx)
-            key = key.scatter(2, places.expand_as(prefix_key), prefix_key.to(key.dtype))
-            value = value.scatter(2, places.expand_as(prefix_value), prefix_value.to(value.dtype))
+            prefix_key, prefix_value, first, start, stop = waiting.pop(layer_idx)
+            fed_to = start + key.shape[2]
+            source = torch.arange(start, fed_to, device=key.device) - first.to(key.device).unsqueeze(1)
+            key, value = _over(key, prefix_key, source), _over(value, prefix_value, source)
+            if fed_to < stop:
+                waiting[layer_idx] = (prefix_key, prefix_value, first, fed_to, stop)
         if not waiting:
             del vars(self)["_ptfix_laid_in"]
             self.__class__ = kind
         return kind.update(self, key, value, layer_idx, *args, **kwargs)
 
     return type(kind.__name__, (kind,), {"update": update, "__module__": kind.__module__})
+
+
+def _over(fed: torch.Tensor, laid: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """`fed [rows, heads, tokens, dim]`, with `laid` in place of it where ``source [rows, tokens]`` is one of its
+    positions."""
+    inside = ((source >= 0) & (source < laid.shape[2]))[:, None, :, None]
+    source = source.clamp(0, laid.shape[2] - 1)[:, None, :, None]
+    heads, tokens, dim = laid.shape[1], fed.shape[2], laid.shape[3]
+    return torch.where(inside, laid.to(fed).gather(2, source.expand(-1, heads, tokens, dim)), fed)
 
 
 def new(base_model: Any) -> Any:
@@ -238,21 +381,21 @@ def _replayable_class(kind: type) -> type:
 
 
 def _legacy(prefix: KeyValues, layout: list[tuple[int, ...]]) -> Any:
-    batch, heads, tokens, dim = prefix[0][0].shape
+    pairs = [pair for pair in prefix if pair is not None]
+    batch, heads, tokens, dim = pairs[0][0].shape
     if len(layout) == 1:  # one tensor [batch, tokens, 2 * head dim]: multi-query attention keeps key and value together
-        return tuple(torch.cat((key[:, 0], value[:, 0]), dim=-1) for key, value in prefix)
+        return tuple(torch.cat((key[:, 0], value[:, 0]), dim=-1) for key, value in pairs)
     ranks = [len(shape) for shape in layout]
     if ranks == [4, 4]:
-        return tuple(prefix)
+        return tuple(pairs)
     if ranks == [3, 3] and layout[0][-1] == _PROBE_TOKENS:  # bloom: keys [batch * heads, dim, tokens]
         return tuple(
             (key.transpose(2, 3).reshape(batch * heads, dim, tokens), value.reshape(batch * heads, tokens, dim))
-            for key, value in prefix
+            for key, value in pairs
         )
     if ranks == [3, 3]:  # falcon: [batch * heads, tokens, dim]
         return tuple(
-            (key.reshape(batch * heads, tokens, dim), value.reshape(batch * heads, tokens, dim))
-            for key, value in prefix
+            (key.reshape(batch * heads, tokens, dim), value.reshape(batch * heads, tokens, dim)) for key, value in pairs
         )
     raise NotImplementedError(f"past_key_values in an unknown layout {layout}: prefix tuning cannot fill them.")
 
@@ -266,7 +409,8 @@ def _probe_legacy_layout(base_model: Any) -> list[tuple[int, ...]] | None:
     view = views.tree(base_model, lambda twin, module: twin.__dict__.update(training=False))
     with torch.no_grad():
         output = view(input_ids=torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=device), use_cache=True)
-    if output.past_key_values is None or is_cache(output.past_key_values):
+    held = of(output)
+    if held is None or is_cache(held):
         return None
-    first = output.past_key_values[0]
+    first = held[0]
     return [tuple(first.shape)] if isinstance(first, torch.Tensor) else [tuple(part.shape) for part in first]

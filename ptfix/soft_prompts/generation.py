@@ -28,6 +28,9 @@ def generate(peft_model: Any, *args: Any, **kwargs: Any) -> Any:
     """What ``peft_model.generate(*args, **kwargs)`` should return; same arguments, errors and return values as the
     host's."""
     mask = kwargs.get("attention_mask")
+    held = caches.taken_from(kwargs)
+    if held is not None:
+        kwargs[caches.keyword()] = held
     turn = _Turn(
         prompt=SoftPrompt(peft_model),
         base=peft_model.base_model,
@@ -44,10 +47,19 @@ def _view(peft_model: Any, turn: _Turn) -> Any:
     twin.__class__ = _view_class(type(twin))  # type: ignore[arg-type]
     # Attributes of the base that stand for one call of its own: peft hangs a bound method on it (and, interrupted,
     # leaves it there), the host keeps its last static cache.
-    for name in ("prepare_inputs_for_generation", "_cache"):
+    for name in ("prepare_inputs_for_generation", "_cache", "_static_cache"):
         twin.__dict__.pop(name, None)
         twin._modules.pop(name, None)
+    body = twin._modules.get("model")
+    if hasattr(body, "rope_deltas"):
+        # Left on the base, an image's offset would move the positions of the next training step.
+        twin._modules["model"] = views.shallow(body, rope_deltas=None)
     return twin
+
+
+def _has_image_positions(base: Any) -> bool:
+    """Does generate() of this model count positions along several axes (M-RoPE: time, height, width)?"""
+    return hasattr(base, "rope_deltas") or hasattr(getattr(base, "model", None), "rope_deltas")
 
 
 @cache
@@ -70,13 +82,12 @@ class _Turn:
     mask_length: int | None  #: of the user's mask, which 5.18 drops where it is all ones
     user_positions: bool  #: position_ids are the user's, not generate()'s own count
     chunk: int | None = None  #: prefill at most so many tokens at once
+    read: int = 0  #: virtual and real tokens that the model has been fed by this call
     hidden: int | None = None  #: real tokens that are not in the ids; None before the first step
     pads: torch.Tensor | None = None  #: ``[batch]``, padding on the left of each row
+    most_pads: int = 0  #: of any row; kept, because to ask a device each step is slow
     on_layers: caches.OnLayers | None = None
     warned: bool = False
-
-    def most_pads(self) -> int:
-        return 0 if self.pads is None else int(self.pads.max())
 
     def begin(self, given: int, cached: int, embedded: bool, mask: torch.Tensor | None) -> None:
         """At the first step: how is the text padded, and which real tokens stand only in the cache, or (negative) in
@@ -92,8 +103,9 @@ class _Turn:
             self.hidden = mask_length - given
         elif behind >= given:
             self.hidden = behind
-        if mask is not None and (not self.prompt.is_prefix or caches.counts_places(self.base)):
+        if mask is not None and (not self.prompt.is_prefix or caches.can_lay_in(self.base)):
             self.pads = padding.left_pads(mask)
+            self.most_pads = 0 if self.pads is None else int(self.pads.max())
 
 
 class _SoftPromptView:
@@ -107,9 +119,15 @@ class _SoftPromptView:
         past_key_values: Any = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Translate one step. `input_ids [batch, real tokens]`; `inputs_embeds` are the user's own, before them."""
+        """Translate one step. `input_ids [batch, real tokens]`; `inputs_embeds` are the user's own, before them.
+
+        The KV cache comes as `past_key_values`, from transformers 5.24 on as `cache`.
+        """
+        if cache is not None:
+            past_key_values = cache
         turn = self._ptfix_turn
         prompt, given = turn.prompt, input_ids.shape[1] + (0 if inputs_embeds is None else inputs_embeds.shape[1])
         if attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2):
@@ -121,21 +139,31 @@ class _SoftPromptView:
             past_key_values = None
         if past_key_values is None:
             past_key_values = turn.on_layers
-        cached = caches.length(past_key_values)
+        if caches.keeps_states(past_key_values):
+            if not turn.read and past_key_values.has_previous_state():
+                raise ValueError(
+                    "how many tokens a recurrent state has read cannot be known: generate again without the cache."
+                )
+            cached = turn.read
+        else:
+            cached = caches.length(past_key_values)
         if turn.hidden is None:
             turn.begin(given, cached, inputs_embeds is not None, attention_mask)
         hidden = turn.hidden or 0
         input_ids = input_ids[:, max(0, -hidden) :]
         stop = prompt.length + given + hidden
         start = min(cached, stop - 1)  # a text that is wholly cached still needs its last logits
-        behind_prefix = prompt.length + turn.most_pads()
+        if stop - start > 1 and turn.pads is not None and caches.padded_rows_need_one_span():
+            start = 0
+        behind_prefix = prompt.length + turn.most_pads
         if prompt.is_prefix and start < behind_prefix:
             start = 0
+        turn.read = stop
         past_key_values = caches.crop(past_key_values, start)
         if prompt.is_prefix:
             self._warn_of_window(attention_mask, stop)
         if prompt.is_prefix and start == 0:
-            prefix = prompt.key_values(len(input_ids))
+            prefix = caches.prefix_of(prompt, len(input_ids))
             if turn.pads is not None or caches.wants_one_span(turn.base, stop):
                 pads = input_ids.new_zeros(len(input_ids)) if turn.pads is None else turn.pads
                 past_key_values = caches.lay_in(past_key_values, prefix, pads, turn.base)
@@ -211,10 +239,13 @@ class _SoftPromptView:
         bound.arguments["max_cache_len"] += self._ptfix_turn.prompt.length
         return maker(*bound.args, **bound.kwargs)
 
-    def _get_cache(self, *args: Any, **kwargs: Any) -> Any:  # transformers < 5.0
+    def _get_static_cache(self, *args: Any, **kwargs: Any) -> Any:  # transformers 4.41
+        return self._more_room("_get_static_cache", *args, **kwargs)
+
+    def _get_cache(self, *args: Any, **kwargs: Any) -> Any:  # transformers 4.42 to 5.0
         return self._more_room("_get_cache", *args, **kwargs)
 
-    def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Any:  # transformers >= 5.0
+    def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Any:  # transformers >= 5.1
         return self._more_room("_prepare_static_cache", *args, **kwargs)
 
 
@@ -250,21 +281,32 @@ class _Text:
         mask = None if self.attention_mask is None else self.attention_mask[:, :stop]
         # Without token_type_ids, as the training forward.
         options = {name: value for name, value in options.items() if name != "token_type_ids"}
+        positions = None
+        if options.get("position_ids") is not None or _has_image_positions(self.turn.base):
+            positions = self._positions(options.get("position_ids"), virtual_ids.device)[..., start:stop]
         if options.get("position_ids") is not None:
-            options["position_ids"] = self._positions(options["position_ids"])[..., start:stop]
+            options["position_ids"] = positions
         if options.get("cache_position") is not None:
             options["cache_position"] = torch.arange(start, stop, device=virtual_ids.device)
         if "next_sequence_length" in options:
             options["next_sequence_length"] = stop - start
         handed_on = None if past_key_values is self.turn.on_layers else past_key_values
         inputs: dict[str, Any] = self.owner._host_inputs(
-            virtual_ids, past_key_values=handed_on, attention_mask=mask, **options
+            virtual_ids, attention_mask=mask, **{caches.keyword(): handed_on}, **options
         )
         inputs.pop("token_type_ids", None)
-        if start < self.placeholders.shape[1] + self.turn.most_pads():
+        if _has_image_positions(self.turn.base):
+            inputs["position_ids"] = positions
+        if start >= self.placeholders.shape[1] + self.turn.most_pads:
+            if inputs["input_ids"].shape[1] != stop - start:
+                inputs["input_ids"] = virtual_ids[:, start:]
+        elif self.prompt.is_prefix and self.inputs_embeds is None:
+            # What is said where the prefix stands is not read; so the model may embed the text itself.
+            inputs.pop("inputs_embeds", None)
+            ids = virtual_ids if self.order is None else padding.reorder(virtual_ids, self.order[:, :stop])
+            inputs["input_ids"] = ids[:, start:]
+        else:
             inputs["inputs_embeds"], inputs["input_ids"] = self._embeddings(start, stop), None
-        elif inputs["input_ids"].shape[1] != stop - start:
-            inputs["input_ids"] = virtual_ids[:, start:]
         if self.turn.on_layers is not None:  # 4.38 counts its own way where it holds no cache
             inputs["position_ids"] = inputs["position_ids"][:, start - stop :]
             inputs["cache_position"] = torch.arange(start, stop, device=virtual_ids.device)
@@ -288,17 +330,18 @@ class _Text:
         first = self.placeholders.shape[1] + self.input_ids.shape[1] - embeddings.shape[1]
         return embeddings[:, start - first : stop - first]
 
-    def _positions(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """Virtual positions of the whole text. Those of the user, and multi-axis ones, are shifted; others follow
-        from the mask."""
+    def _positions(self, given: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        """Virtual positions of the whole text. Those of the user are shifted; others follow from the mask, also where
+        the host has several axes of them: training feeds embeddings, in which a model cannot tell where images are.
+        """
         length = self.placeholders.shape[1] + self.input_ids.shape[1]
-        if self.turn.user_positions or position_ids.dim() > 2:
-            shape = (*position_ids.shape[:-1], length - position_ids.shape[-1])
-            front = torch.arange(shape[-1], device=position_ids.device).expand(shape)
-            positions = torch.cat((front, position_ids + self.prompt.length), dim=-1)
-            return positions if self.order is None else positions.expand_as(self.order).gather(-1, self.order)
+        if given is not None and self.turn.user_positions:
+            shape = (*given.shape[:-1], length - given.shape[-1])
+            front = torch.arange(shape[-1], device=given.device).expand(shape)
+            positions = torch.cat((front, given + self.prompt.length), dim=-1)
+            return positions if self.order is None else positions.gather(-1, self.order.expand_as(positions))
         if self.attention_mask is None:
-            return torch.arange(length, device=position_ids.device).unsqueeze(0)
+            return torch.arange(length, device=device).unsqueeze(0)
         return (self.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
@@ -317,7 +360,9 @@ _OVERRIDDEN = (
     ),
     _Overridden(("_prepare_generation_config",), ("generation_config",), serves="prefill_chunk_size"),
     _Overridden(
-        ("_setup_cache", "_get_cache", "_prepare_static_cache"), ("max_cache_len",), serves="cache_implementation"
+        ("_setup_cache", "_get_static_cache", "_get_cache", "_prepare_static_cache"),
+        ("max_cache_len",),
+        serves="cache_implementation",
     ),
     _Overridden(("_get_initial_cache_position",)),
     _Overridden(("get_compiled_call",), ("compile_config",)),

@@ -6,16 +6,18 @@ None.
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
 from ptfix.soft_prompts import reference
 
@@ -131,33 +133,127 @@ def left_padding_fault() -> str | None:
     return None if torch.allclose(padded, alone, atol=1e-4) else "padding on the left changes the positions of the text"
 
 
-@aside()
 def prefix_forward_fault() -> str | None:
-    """Does prefix tuning train as it should, with gradient checkpointing switched on after wrapping?"""
-    from peft import PrefixTuningConfig
+    """Does the training forward of a prefix raise, or leave the prefix out?"""
+    return full_attention_prefix_fault() or sliding_window_prefix_fault()
 
-    config = PrefixTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=_VIRTUAL_TOKENS, num_layers=1, num_attention_heads=2, token_dim=8
-    )
+
+@aside()
+def full_attention_prefix_fault() -> str | None:
+    """Where every layer looks back to the start (llama)."""
+    return _prefix_fault("", _tiny(_prefix_config()))
+
+
+@aside()
+def sliding_window_prefix_fault() -> str | None:
+    """Where some layers look back through a sliding window (gemma2)."""
+    import transformers
+
+    if not hasattr(transformers, "Gemma2Config"):
+        return None
+    return _prefix_fault(" of gemma2", _tiny(_prefix_config(), "Gemma2", head_dim=4, sliding_window=4))
+
+
+def _prefix_fault(where: str, model: Any) -> str | None:
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    model.train()
+    try:
+        # Without a KV cache of its own, as Trainer sets it, and without a mask.
+        gradient = _prefix_gradient(model, ids, use_cache=False)
+    except Exception as error:
+        return f"the training forward{where} raises {type(error).__name__}"
+    return None if gradient is not None and bool(gradient.any()) else f"the training forward{where} leaves it out"
+
+
+@aside()
+def prefix_checkpointing_fault() -> str | None:
+    """Is a prefix trained as without it when gradient checkpointing is switched on after wrapping, as Trainer does?"""
     ids = torch.tensor([[3, 4, 5, 6]])
-    gradients = []
-    for how in ("", " with gradient checkpointing"):
-        try:
-            if not how:
-                model = _tiny(config).train()
-            else:
-                model.zero_grad()
-                model.get_base_model().gradient_checkpointing_enable()
-                model.get_base_model().enable_input_require_grads()
-            model(input_ids=ids, labels=ids).loss.backward()
-        except Exception as error:
-            return f"the training forward{how} raises {type(error).__name__}"
-        gradient = next(model.prompt_encoder.parameters()).grad
-        gradients.append(None if gradient is None else gradient.clone())
-    plain, checkpointed = gradients
+    model = _tiny(_prefix_config()).train()
+    try:
+        plain = _prefix_gradient(model, ids)
+    except Exception as error:
+        return f"the training forward raises {type(error).__name__}, also with gradient checkpointing"
+    model.zero_grad()
+    model.get_base_model().gradient_checkpointing_enable()
+    model.get_base_model().enable_input_require_grads()
+    for module in model.modules():
+        chosen = vars(module).get("_gradient_checkpointing_func")
+        if chosen is not None:
+            options = getattr(chosen, "keywords", {})
+            module._gradient_checkpointing_func = partial(_run_twice, use_reentrant=options.get("use_reentrant", True))
+    try:
+        checkpointed = _prefix_gradient(model, ids)
+    except Exception as error:
+        return f"the training forward with gradient checkpointing raises {type(error).__name__}"
     if plain is None or checkpointed is None or not torch.allclose(plain, checkpointed, atol=1e-5):
         return "with gradient checkpointing the prefix is not trained"
     return None
+
+
+def _run_twice(function: Callable[..., Any], *args: Any, use_reentrant: bool, **kwargs: Any) -> Any:
+    """torch's checkpoint for a layer that draws nothing: without hold of the random state of every thread, and without
+    its import of the compiler."""
+    if use_reentrant:
+        return CheckpointFunction.apply(function, False, *args)
+    function(*args, **kwargs)
+    return function(*args, **kwargs)
+
+
+@aside()
+def sharded_saving_fault() -> str | None:
+    """Does saving fail where the weights of a soft prompt are a DTensor, as FSDP2 leaves them?"""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    model = copy.deepcopy(_prompt_tuned())
+    embedding = model.prompt_encoder.default.embedding
+    whole = embedding.weight.detach().clone()
+    # All processes of this mesh are this one, so that nobody is talked to.
+    mesh = DeviceMesh("cpu", [0], _init_backend=False, _rank=0)
+    embedding.weight = torch.nn.Parameter(DTensor.from_local(whole, mesh, [Shard(0)], run_check=False))
+    try:
+        saved = model.get_prompt_embedding_to_save("default")
+    except Exception as error:
+        return f"saving a sharded soft prompt raises {type(error).__name__}"
+    return None if torch.equal(saved, whole) else "a sharded soft prompt is not saved whole"
+
+
+@aside()
+def split_prefix_fault() -> str | None:
+    """Does prefix tuning fail where attention computes only a part of the heads, as in a tensor parallel model?"""
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedModel
+
+    if not hasattr(PreTrainedModel, "_tp_size"):
+        return None
+    model = _tiny(_prefix_config())
+    base = model.get_base_model()
+    attention = base.model.layers[0].self_attn
+    for name, dim in (("q_proj", 0), ("k_proj", 0), ("v_proj", 0), ("o_proj", 1)):  # one of two heads
+        projection = getattr(attention, name)
+        projection.weight = torch.nn.Parameter(projection.weight.detach().narrow(dim, 4, 4).clone())
+    base._tp_size, base._device_mesh = 2, DeviceMesh("cpu", [0, 1], _init_backend=False, _rank=1)
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[3, 4]]))
+    except Exception as error:
+        return f"prefix tuning of a tensor parallel model raises {type(error).__name__}"
+    return None
+
+
+def _prefix_config() -> Any:
+    from peft import PrefixTuningConfig
+
+    return PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=_VIRTUAL_TOKENS, num_layers=1, num_attention_heads=2, token_dim=8
+    )
+
+
+def _prefix_gradient(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor | None:
+    model(input_ids=ids, labels=ids, **options).loss.backward()
+    gradient = next(model.prompt_encoder.parameters()).grad
+    return None if gradient is None else gradient.clone()
 
 
 #: Not synchronized: one rank may ask alone.
@@ -171,12 +267,12 @@ def _prompt_tuned() -> Any:
     return _tiny(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=_VIRTUAL_TOKENS))
 
 
-def _tiny(config: Any) -> Any:
+def _tiny(config: Any, family: str = "Llama", **fields: Any) -> Any:
+    import transformers
     from peft import get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = LlamaForCausalLM(
-        LlamaConfig(
+    model = getattr(transformers, f"{family}ForCausalLM")(
+        getattr(transformers, f"{family}Config")(
             vocab_size=16,
             hidden_size=8,
             intermediate_size=8,
@@ -187,6 +283,7 @@ def _tiny(config: Any) -> Any:
             bos_token_id=1,
             eos_token_id=None,
             pad_token_id=0,
+            **fields,
         )
     )
     # Cast twice: peft notes the dtype of what it wraps, and makes the soft prompt in the default one.

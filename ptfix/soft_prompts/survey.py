@@ -141,17 +141,18 @@ def _inputs_embeds(asked: _Asked) -> list[Answer]:
 
 
 def _own_cache(asked: _Asked) -> list[Answer]:
-    return _greedy(asked, past_key_values=caches.new(asked.base))
+    return _greedy(asked, **{caches.keyword(): caches.new(asked.base)})
 
 
 def _second_turn(asked: _Asked) -> list[Answer]:
     row = asked.row()
     first = asked.output(input_ids=row)
-    if first.past_key_values is None:
+    cache = caches.of(first)
+    if cache is None:
         raise NotImplementedError("this transformers returns no cache")
     more = check.any_row(asked.base, seed=3, tokens=_TEXT - 8)
     both = torch.cat((first.sequences, more), 1)
-    again = asked.generate(both, past_key_values=first.past_key_values)
+    again = asked.generate(both, **{caches.keyword(): cache})
     return [Answer(row, first.sequences[0, row.shape[1] :]), again]
 
 

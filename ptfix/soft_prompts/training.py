@@ -1,14 +1,15 @@
-"""The training forward of a soft prompt: what the base model is given on the way.
+"""The training forward of a soft prompt.
 
-peft's own ``forward`` builds the inputs; these functions run it on a shallow view of the PeftModel whose base model
-passes through us. So labels, losses and methods nobody listed stay peft's business, and nothing shared is changed.
+peft's own ``forward`` does the work. Here a row's padding is moved out of the way before it, and prefix tuning gets
+what a release of the hosts does not give it: a KV cache that the base model reads, and gradient checkpointing.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,8 +18,97 @@ from torch.utils.checkpoint import checkpoint
 from ptfix.soft_prompts import caches, padding, views
 from ptfix.soft_prompts.adapter import SoftPrompt
 
+logger = logging.getLogger("ptfix")
+
 #: Takes the base model and the keyword arguments peft calls it with, returns what is to be called instead.
 Change = Callable[[Any, dict[str, Any]], tuple[Any, dict[str, Any]]]
+
+#: Outputs with one row per position of the text; attentions have two such dimensions.
+_PER_TOKEN = ("logits", "hidden_states", "attentions")
+
+
+def is_left_padded(given: dict[str, Any]) -> torch.Tensor | None:
+    """How many pads stand left of each row ``[batch]``, or None where no row has any or the call is of another kind.
+
+    `given` are forward()'s arguments by name. A mask that covers more than the text continues a KV cache, and 4D masks
+    say themselves what is padding.
+    """
+    mask = given.get("attention_mask")
+    text = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or text is None or mask.shape != text.shape[:2]:
+        return None
+    return padding.left_pads(mask)
+
+
+def is_traced() -> bool:
+    """Is torch.compile building a graph of this call?"""
+    return bool(torch.compiler.is_compiling())
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # runs while a graph is built, not in it
+def say_that_graphs_keep_padding() -> None:
+    """Warn, once in a process, that a compiled forward() trains left-padded rows as the host does."""
+    _say_once(
+        "torch.compile: a compiled forward() cannot move padding that stands left of a text. Pad on the right "
+        "(tokenizer.padding_side = 'right'), or left-padded rows are trained at other positions than alone."
+    )
+
+
+@cache
+def _say_once(sentence: str) -> None:
+    logger.warning(sentence)
+
+
+def padding_on_the_right(
+    forward: Callable[..., Any], peft_model: Any, given: dict[str, Any], pads: torch.Tensor
+) -> Any:
+    """Call ``forward(peft_model, **given)`` with the padding of each row behind its text, as a causal model cannot see
+    it there; positions and distances are then those of the row alone (peft#1093). Outputs come back in the caller's
+    order.
+
+    Args:
+        given: forward()'s arguments by name.
+        pads: ``[batch]``, how many pads stand left of each row.
+    """
+    shape = given["attention_mask"].shape
+    moved = {
+        name: padding.roll(value, -pads)
+        if isinstance(value, torch.Tensor) and (value.shape == shape or name == "inputs_embeds")
+        else value
+        for name, value in given.items()
+    }
+    keep = next((moved.pop(name) for name in ("logits_to_keep", "num_logits_to_keep") if name in moved), 0)
+    config = peft_model.base_model.config
+    as_tuple = given.get("return_dict") is False or (
+        given.get("return_dict") is None and not getattr(config, "return_dict", True)
+    )
+    outputs = forward(peft_model, **{**moved, "return_dict": True})
+    for name in _PER_TOKEN:
+        if outputs.get(name) is not None:
+            outputs[name] = _moved_back(outputs[name], pads, shape[1])
+    if not isinstance(keep, int) or keep:
+        outputs["logits"] = outputs["logits"][:, -keep:] if isinstance(keep, int) else outputs["logits"][:, keep]
+    held = caches.name_in(outputs)
+    if held is not None:
+        # In the order in which generate() fills a cache, so that both can be continued.
+        outputs[held] = caches.rolled(outputs[held], pads)
+    return outputs.to_tuple() if as_tuple else outputs
+
+
+def _moved_back(value: Any, pads: torch.Tensor, tokens: int) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_moved_back(each, pads, tokens) for each in value)
+    if value.dim() < 4:
+        return _text_rolled(value, pads, tokens, 1)
+    return _text_rolled(_text_rolled(value, pads, tokens, 2), pads, tokens, 3)  # attention [batch, heads, to, from]
+
+
+def _text_rolled(rows: torch.Tensor, pads: torch.Tensor, tokens: int, dim: int) -> torch.Tensor:
+    """Roll the last `tokens` places along `dim`; the virtual tokens before them stay."""
+    virtual = rows.shape[dim] - tokens
+    front, text = rows.split((virtual, tokens), dim)
+    text = padding.roll(text, pads, dim)
+    return torch.cat((front, text), dim) if virtual else text
 
 
 def with_base_call(peft_model: Any, change: Change) -> Any:
@@ -46,101 +136,63 @@ def origin(base: Any) -> Any:
     return base.__dict__.get("_ptfix_origin", base)
 
 
-def padding_aside(base: Any, kwargs: dict[str, Any], virtual_tokens: int) -> tuple[Any, dict[str, Any]]:
-    """Let padding on the left not come between a text and its soft prompt (peft#1093).
-
-    Positions are counted by the mask; padding stands in front of `virtual_tokens` embeddings (0 for a prefix, which
-    stands in the cache). Whoever called sees logits in the order of the inputs.
-    """
-    mask = kwargs.get("attention_mask")
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-        return base, kwargs
-    pads = padding.left_pads(mask[:, virtual_tokens:]) if virtual_tokens else None
-    if pads is not None:
-        order = padding.pads_first(pads, virtual_tokens, mask.shape[1])
-        for name in ("attention_mask", "inputs_embeds", "labels"):
-            if kwargs.get(name) is not None:
-                kwargs[name] = padding.reorder(kwargs[name], order)
-    if kwargs.get("position_ids") is None and "position_ids" in inspect.signature(base.forward).parameters:
-        positions = (kwargs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
-        kwargs["position_ids"] = positions[:, -_fed(kwargs).shape[1] :]
-    return (base if pads is None else _InOrder(base, order)), kwargs
-
-
-class _InOrder:
-    """A base model whose logits are put back into the order of the inputs, without those of `extra` tokens in front."""
-
-    def __init__(self, base: Any, order: torch.Tensor, extra: int = 0) -> None:
-        self.base, self.order, self.extra = base, order, extra
-
-    def forward(self, **kwargs: Any) -> Any:
-        outputs = self.base.forward(**kwargs)
-        back = self.order.argsort(-1)
-        if isinstance(outputs, tuple):
-            at = 0 if kwargs.get("labels") is None else 1
-            return (*outputs[:at], self._restored(outputs[at], back), *outputs[at + 1 :])
-        outputs.logits = self._restored(outputs.logits, back)
-        return outputs
-
-    def _restored(self, logits: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
-        # Logits of the last tokens only are in order as they are.
-        return padding.reorder(logits, back)[:, self.extra :] if logits.shape[:2] == back.shape else logits
-
-
 def prefix_is_read(base: Any, kwargs: dict[str, Any], prompt: SoftPrompt) -> tuple[Any, dict[str, Any]]:
-    """Let every layer see the prefix: with ``use_cache=False`` some models skip it, with gradient checkpointing all
-    do (peft#869)."""
-    fed, cached = _fed(kwargs), caches.length(kwargs["past_key_values"])
+    """Let the base model read the prefix in every layer, where a release of transformers does not."""
+    fed, prefix = _fed(kwargs), caches.taken_from(kwargs)
+    cached = caches.length(prefix)
     if kwargs.get("attention_mask") is None:
         # Without a mask gemma2 and gemma3 (4.44-4.53) take the new tokens for the whole text.
         kwargs["attention_mask"] = fed.new_ones((fed.shape[0], fed.shape[1] + cached), dtype=torch.long)
     if kwargs.get("cache_position") is None and "cache_position" in inspect.signature(base.forward).parameters:
         # gemma2 (4.42-4.44) begins to count at 0 whatever the cache holds.
         kwargs["cache_position"] = torch.arange(cached, cached + fed.shape[1], device=fed.device)
-    pads = _pads_in_front(base, kwargs["attention_mask"], prompt.length) if cached == prompt.length else None
-    if pads is not None:
-        order = padding.pads_first(pads, prompt.length, prompt.length + fed.shape[1])
-        _feed_from_the_start(kwargs, pads, order, prompt, base)
-    kwargs["past_key_values"] = caches.told_its_size(kwargs["past_key_values"], kwargs["attention_mask"].shape[1], base)
-    kwargs["use_cache"] = True  # how the prefix comes in; what is added to the cache goes with the outputs
-    if base.training and any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
-        base = _checkpointed(base, _decoder_layers(base))
-    return (base if pads is None else _InOrder(base, order, prompt.length)), kwargs
+    extra = 0
+    if cached == prompt.length and caches.wants_one_span(base, kwargs["attention_mask"].shape[1]):
+        extra = prompt.length
+        prefix = _feed_from_the_start(kwargs, prompt, base)
+    # peft calls it past_key_values, also where a host no longer does.
+    kwargs[caches.keyword()] = caches.told_its_size(prefix, kwargs["attention_mask"].shape[1], base)
+    kwargs["use_cache"] = True  # some models skip the cache otherwise; what is added to it goes with the outputs
+    return (_WithoutFirst(base, extra) if extra else base), kwargs
 
 
-def _pads_in_front(base: Any, mask: torch.Tensor, virtual_tokens: int) -> torch.Tensor | None:
-    """How much padding must stand before each row's prefix for a sliding window to count right: ``[batch]``, or None
-    where the prefix may stand in the cache."""
-    length = mask.shape[1]
-    if mask.dim() != 2 or not caches.counts_places(base) or length <= (caches.window(base) or 0):
-        return None
-    pads = padding.left_pads(mask[:, virtual_tokens:])
-    return mask.new_zeros(len(mask)) if pads is None and caches.wants_one_span(base, length) else pads
+class _WithoutFirst:
+    """A base model whose logits of the first `extra` positions are cut off."""
+
+    def __init__(self, base: Any, extra: int) -> None:
+        self.base, self.extra = base, extra
+
+    def forward(self, **kwargs: Any) -> Any:
+        length = _fed(kwargs).shape[1]
+        outputs = self.base.forward(**kwargs)
+        if isinstance(outputs, tuple):
+            at = 0 if kwargs.get("labels") is None else 1
+            return (*outputs[:at], self._cut(outputs[at], length), *outputs[at + 1 :])
+        outputs.logits = self._cut(outputs.logits, length)
+        return outputs
+
+    def _cut(self, logits: torch.Tensor, length: int) -> torch.Tensor:
+        return logits[:, self.extra :] if logits.shape[1] == length else logits
 
 
-def _feed_from_the_start(
-    kwargs: dict[str, Any], pads: torch.Tensor, order: torch.Tensor, prompt: SoftPrompt, base: Any
-) -> None:
-    """Turn the arguments of a forward of a text behind its prefix into those of one forward of both."""
-    batch, length = order.shape
-    positions = torch.arange(length, device=order.device).expand(batch, length)
+def _feed_from_the_start(kwargs: dict[str, Any], prompt: SoftPrompt, base: Any) -> Any:
+    """Turn the arguments of a forward of a text behind its prefix into those of one forward of both, and return the
+    KV cache for it."""
+    fed = _fed(kwargs)
+    batch, length = fed.shape[0], prompt.length + fed.shape[1]
     for name, filler in (("input_ids", 0), ("inputs_embeds", 0), ("labels", -100)):
         text = kwargs.get(name)
         if text is not None:
             front = text.new_full((batch, prompt.length, *text.shape[2:]), filler)
-            kwargs[name] = padding.reorder(torch.cat((front, text), dim=1), order)
+            kwargs[name] = torch.cat((front, text), dim=1)
     if kwargs.get("labels") is not None:
-        # In a row alone nothing stands before the first token that could be asked for it.
-        kwargs["labels"].scatter_(1, (pads + prompt.length).unsqueeze(1), -100)
+        kwargs["labels"][:, prompt.length] = -100  # behind a cache nothing is asked for the text's first token
     if "position_ids" in inspect.signature(base.forward).parameters:
-        given = kwargs.get("position_ids")
-        if given is not None:
-            positions = torch.cat((positions[:, : prompt.length], given.expand(batch, -1)), dim=1)
-        kwargs["position_ids"] = padding.reorder(positions, order)
+        kwargs["position_ids"] = torch.arange(length, device=fed.device).expand(batch, length)
     if kwargs.get("cache_position") is not None:
-        kwargs["cache_position"] = torch.arange(length, device=order.device)
-    kwargs["attention_mask"] = padding.reorder(kwargs["attention_mask"], order)
-    kwargs["past_key_values"] = caches.lay_in(None, prompt.key_values(batch), pads, base)
+        kwargs["cache_position"] = torch.arange(length, device=fed.device)
+    first = torch.zeros(batch, dtype=torch.long, device=fed.device)
+    return caches.lay_in(None, prompt.key_values(batch), first, base)
 
 
 def _fed(kwargs: dict[str, Any]) -> torch.Tensor:
@@ -149,29 +201,40 @@ def _fed(kwargs: dict[str, Any]) -> torch.Tensor:
     return fed
 
 
-def _checkpointed(base: Any, layers: torch.nn.ModuleList) -> Any:
-    """A view of the base model with the host's checkpointing off and ours around each decoder layer.
+def is_checkpointed(base: Any) -> bool:
+    """Does this model run its layers a second time for the gradient?"""
+    return bool(base.training and any(getattr(module, "gradient_checkpointing", False) for module in base.modules()))
+
+
+def checkpointed(base: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A view of the base model with the host's checkpointing off and ours around each decoder layer (peft#869).
 
     The host keeps the cache from a checkpointed layer, since running the layer again would append to it again. With a
     replayable cache it may stay.
     """
+    layers = _decoder_layers(base)
+    chosen = (vars(module).get("_gradient_checkpointing_func") for module in base.modules())
+    # The host's call of checkpoint, with the options that the user chose.
+    run_twice = next((each for each in chosen if isinstance(each, partial)), checkpoint)
 
     def edit(view: Any, module: torch.nn.Module) -> None:
         if getattr(module, "gradient_checkpointing", False):
             view.__dict__["gradient_checkpointing"] = False
         if module is layers:
             for layer in view:
-                layer.__dict__["forward"] = partial(_run_twice, layer.forward)
+                layer.__dict__["forward"] = partial(_with_replayable_caches, run_twice, layer.forward)
 
-    return views.tree(base, edit)
+    return views.tree(base, edit), {**kwargs, "use_cache": True}
 
 
-def _run_twice(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _with_replayable_caches(
+    run_twice: Callable[..., Any], forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
     # Here rather than once for the model: some releases give their layers a copy of the cache.
     args = tuple(caches.replayable(value) for value in args)
     kwargs = {name: caches.replayable(value) for name, value in kwargs.items()}
     # Not reentrant: the prefix reaches the layer through the cache, where a reentrant checkpoint sees no gradient.
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return run_twice(forward, *args, use_reentrant=False, **kwargs)
 
 
 def _decoder_layers(base: Any) -> torch.nn.ModuleList:

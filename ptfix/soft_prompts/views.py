@@ -14,13 +14,12 @@ import torch
 
 
 def shallow(module: Any, **attributes: Any) -> Any:
-    """A view of one module. Its children are the module's own."""
-    view = copy.copy(module)
-    for name in (
-        "_modules",
-        "_parameters",
-        "_buffers",
-    ):  # else a module assigned to the view (a cache is one in 4.44) lands on both
+    """A view of one module. Its children are the module's own, and so are its weights, also when they are replaced:
+    FSDP2 puts whole parameters in place of the shards for the time of a forward."""
+    kind: type[Any] = type(module)
+    view = object.__new__(kind)  # not copy.copy(): a module sharded by FSDP2 is copied by calling its class's __init__
+    view.__dict__.update(module.__dict__)
+    for name in ("_modules", "_buffers"):  # else a module assigned to the view (a cache is one in 4.44) lands on both
         view.__dict__[name] = copy.copy(module.__dict__[name])
     view.__dict__.update(attributes)
     return view

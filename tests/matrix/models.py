@@ -70,6 +70,10 @@ class NotInThisPair(Exception):
 
 def base_model(architecture: str, seed: int = 0) -> Any:
     """A tiny CausalLM in eval mode, with sharp weights."""
+    if architecture not in ARCHITECTURES:
+        from tests.matrix import zoo
+
+        return zoo.base_model(architecture, seed)
     name, arguments = ARCHITECTURES[architecture]
     try:
         config_class = getattr(transformers, name)
@@ -79,19 +83,27 @@ def base_model(architecture: str, seed: int = 0) -> Any:
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
     config = config_class(vocab_size=VOCAB, **{**arguments, **special})
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = sharpen(transformers.AutoModelForCausalLM.from_config(config), seed)
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def sharpen(model: Any, seed: int) -> Any:
+    """`model` with weights so large that what it reads decides what it answers."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.25, generator=generator)
-    model.generation_config.eos_token_id = None
-    return model.eval()
+    return model
 
 
-def adapter_config(method: str) -> Any:
-    """A PeftConfig for `method`; raises NotInThisPair where peft does not have it."""
-    common = {"task_type": "CAUSAL_LM", "num_virtual_tokens": VIRTUAL_TOKENS}
+def adapter_config(method: str, **sizes: int) -> Any:
+    """A PeftConfig for `method`; raises NotInThisPair where peft does not have it.
+
+    `sizes` are those of the base model that peft does not find itself.
+    """
+    common = {"task_type": "CAUSAL_LM", "num_virtual_tokens": VIRTUAL_TOKENS, **sizes}
     if method == "prompt_tuning":
         return peft.PromptTuningConfig(**common)
     if method == "p_tuning":
@@ -115,14 +127,15 @@ def adapter_config(method: str) -> Any:
             opt_loss_decay_factor=0.95,
             opt_projection_epsilon=0.2,
             opt_projection_format_epsilon=0.1,
+            **sizes,
         )
     raise ValueError(method)
 
 
-def wrap(base: Any, method: str, seed: int = 1, name: str = "default") -> Any:
+def wrap(base: Any, method: str, seed: int = 1, name: str = "default", **sizes: int) -> Any:
     """`base` with an untrained but unmistakable adapter."""
     torch.manual_seed(seed)
-    model = peft.get_peft_model(base, adapter_config(method), adapter_name=name)
+    model = peft.get_peft_model(base, adapter_config(method, **sizes), adapter_name=name)
     with torch.no_grad():
         for parameter in model.prompt_encoder.parameters():
             parameter.normal_(0, 1.0 if parameter.dim() > 1 else 0.1)

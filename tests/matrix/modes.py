@@ -19,8 +19,9 @@ import peft
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from ptfix.soft_prompts import reference
-from tests.matrix.models import VIRTUAL_TOKENS, VOCAB, base_model, task_ids, wrap
+from ptfix.soft_prompts import caches, reference
+from tests.matrix import zoo
+from tests.matrix.models import ARCHITECTURES, VIRTUAL_TOKENS, VOCAB, base_model, task_ids, wrap
 
 Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]
 NEW = 5
@@ -94,12 +95,11 @@ def greedy(b: Bench) -> Pairs:
     ]  # which is not the base's: see bench()
 
 
-def plain(b: Bench) -> torch.Tensor:
+def plain(b: Bench, **options: Any) -> Any:
     """What the base model itself says."""
-    out: torch.Tensor = b.base.generate(
-        input_ids=b.ids, attention_mask=ones(b.ids), max_new_tokens=NEW, do_sample=False, pad_token_id=0
+    return b.base.generate(
+        input_ids=b.ids, attention_mask=ones(b.ids), max_new_tokens=NEW, do_sample=False, pad_token_id=0, **options
     )
-    return out
 
 
 def no_mask(b: Bench) -> Pairs:
@@ -221,11 +221,20 @@ def own_dynamic_cache(b: Bench) -> Pairs:
 def _second_turn(b: Bench, new: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     first = b.generate(input_ids=b.ids, attention_mask=ones(b.ids), return_dict_in_generate=True)
     yield first.sequences, b.truth(b.ids)[0]
-    if b.bare and first.past_key_values is None:
+    ids = torch.cat((first.sequences, new_tokens(1, new)), 1)
+    yield b.generate(input_ids=ids, attention_mask=ones(ids), **on_the_cache(b, first)), b.truth(ids)[0]
+
+
+def new_tokens(rows: int, tokens: int) -> torch.Tensor:
+    return torch.randint(2, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(8))
+
+
+def on_the_cache(b: Bench, outputs: Any) -> dict[str, Any]:
+    """The argument that continues on the cache which generate() returned."""
+    cache = caches.of(outputs)
+    if b.bare and cache is None:
         raise NotImplementedError("this host returns no cache")
-    more = torch.randint(2, VOCAB, (1, new), generator=torch.Generator().manual_seed(8))
-    ids = torch.cat((first.sequences, more), 1)
-    yield b.generate(input_ids=ids, attention_mask=ones(ids), past_key_values=first.past_key_values), b.truth(ids)[0]
+    return {caches.keyword(): cache}
 
 
 def multi_turn(b: Bench) -> Pairs:
@@ -235,6 +244,42 @@ def multi_turn(b: Bench) -> Pairs:
 def multi_turn_long(b: Bench) -> Pairs:
     """A second turn longer than the soft prompt."""
     return _second_turn(b, 8)
+
+
+def multi_turn_left_padded(b: Bench) -> Pairs:
+    """The second turn of a left-padded batch: the first one's sequences, new tokens, and a mask over all of it."""
+    ids, mask, rows = left_padded(b)
+    options = {"rows": 2, "return_dict_in_generate": True}
+    first = b.generate(input_ids=ids, attention_mask=mask, **options)
+    ids = torch.cat((first.sequences, new_tokens(2, 3)), 1)
+    mask = torch.cat((mask, mask.new_ones(2, ids.shape[1] - mask.shape[1])), 1)
+    second = b.generate(input_ids=ids, attention_mask=mask, **options, **on_the_cache(b, first))
+    for i, row in enumerate(rows):
+        alone = ids[i : i + 1, text(b) - row.shape[1] :]
+        yield second.sequences[i, ids.shape[1] :], b.truth(alone)[0][0, alone.shape[1] :]
+
+
+def regenerate(b: Bench) -> Pairs:
+    """Another answer to a text that the cache holds already, then to a shorter text than the cache holds."""
+    first = b.generate(input_ids=b.ids, attention_mask=ones(b.ids), return_dict_in_generate=True)
+    for ids in (b.ids, b.ids[:, :-2]):
+        yield b.generate(input_ids=ids, attention_mask=ones(ids), **on_the_cache(b, first)), b.truth(ids)[0]
+
+
+def cache_keyword(b: Bench) -> Pairs:
+    """A cache goes in under each name that the host takes, and comes out under the host's own."""
+    from transformers import DynamicCache
+
+    options = {"input_ids": b.ids, "attention_mask": ones(b.ids), "return_dict_in_generate": True}
+    host = plain(b, return_dict_in_generate=True)
+    for name in ("past_key_values", "cache"):
+        try:
+            plain(b, **{name: DynamicCache()})
+        except (TypeError, ValueError):
+            continue  # not a name of this host's
+        out = b.generate(**options, **{name: DynamicCache()})
+        yield out.sequences, b.truth(b.ids)[0]
+        yield torch.tensor(list(out) == list(host)), torch.tensor(True)
 
 
 def inputs_embeds(b: Bench) -> Pairs:
@@ -446,14 +491,16 @@ def hard_prompt(b: Bench) -> Pairs:
 
 def _keys_and_values(base: Any, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     # By generate(), since some releases make a gemma cache nowhere else.
-    cache = base.generate(
-        input_ids=ids,
-        attention_mask=ones(ids),
-        max_new_tokens=1,
-        do_sample=False,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-    ).past_key_values
+    cache = caches.of(
+        base.generate(
+            input_ids=ids,
+            attention_mask=ones(ids),
+            max_new_tokens=1,
+            do_sample=False,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+        )
+    )
     if hasattr(cache, "layers"):
         return [(layer.keys, layer.values) for layer in cache.layers]
     if hasattr(cache, "key_cache"):
@@ -495,6 +542,9 @@ MODES: dict[str, Callable[[Bench], Pairs]] = {
         own_dynamic_cache,
         multi_turn,
         multi_turn_long,
+        multi_turn_left_padded,
+        regenerate,
+        cache_keyword,
         inputs_embeds,
         chunked_prefill,
         prompt_lookup,
@@ -515,10 +565,11 @@ MODES: dict[str, Callable[[Bench], Pairs]] = {
 def bench(architecture: str, method: str) -> Bench:
     """With the first adapter that answers otherwise than its base: or a mode that ignores it would pass."""
     base = base_model(architecture)
+    sizes = {} if architecture in ARCHITECTURES else zoo.adapter_sizes(architecture, method)
     ids = torch.randint(2, VOCAB, (1, 9), generator=torch.Generator().manual_seed(7))
     plain_ids, _ = reference.greedy(base, ids, NEW)
     for seed in range(1, 20):
-        candidate = Bench(architecture, method, base, wrap(base, method, seed))
+        candidate = Bench(architecture, method, base, wrap(base, method, seed, **sizes))
         if not torch.equal(candidate.truth(candidate.ids)[0], plain_ids):
             return candidate
     raise RuntimeError(f"no adapter of {method} on {architecture} acts")

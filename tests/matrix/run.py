@@ -24,7 +24,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # chunked prefill of 4.51 compiles for a minute, to the same numbers
 warnings.filterwarnings("ignore")
 
-LETTERS = {"exact": "=", "wrong": "x", "raises": "!", "host": "h", "none": "."}
+LETTERS = {"exact": "=", "wrong": "x", "raises": "!", "refused": "-", "host": "h", "none": "."}
+#: "contract" generates by ptfix's second line, the public contract alone.
+RUNNERS = ("ptfix", "stock", "contract")
 PINNED = ("transformers", "peft", "accelerate", "tokenizers", "numpy", "torch")
 
 
@@ -38,7 +40,7 @@ CENTRAL_ARCHITECTURES = ("llama", "gpt2")
 
 
 def measure(
-    architectures: list[str], methods: list[str], modes: list[str], stock: bool, brief: bool = False
+    architectures: list[str], methods: list[str], modes: list[str], runners: list[str], brief: bool = False
 ) -> dict[str, Any]:
     """The cell: for each runner, method and architecture one letter per mode, and the words behind what is not
     exact."""
@@ -48,11 +50,11 @@ def measure(
     import ptfix
     from tests.matrix import models
     from tests.matrix import modes as m
+    from tests.matrix.contract import PublicContract
 
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     report = ptfix.apply()
-    runners = ["ptfix", "stock"] if stock else ["ptfix"]
     grid: dict[str, dict[str, dict[str, str]]] = {runner: {method: {} for method in methods} for runner in runners}
     faults: list[dict[str, str]] = []
     hosts: dict[str, str] = {}
@@ -74,13 +76,15 @@ def measure(
                 continue
             bench = None
             for runner in runners:  # ptfix first: its forward makes the truth that stock is judged by
-                (ptfix.apply if runner == "ptfix" else ptfix.revert)()
+                (ptfix.revert if runner == "stock" else ptfix.apply)()
                 letters = ""
                 for mode in modes:
                     progress.update()
                     try:
                         bench = bench or m.bench(architecture, method)
-                        outcome = m.judge(mode, bench)
+                        outcome = m.judge(mode, PublicContract(**vars(bench)) if runner == "contract" else bench)
+                        if outcome.startswith("raises: NotSupported"):
+                            outcome = outcome.replace("raises", "refused", 1)
                     except models.NotInThisPair:
                         outcome = "none"
                     except Exception as error:
@@ -88,7 +92,7 @@ def measure(
                     if outcome not in ("exact", "none") and not m.host_can(can, mode):
                         outcome = "host"
                     letters += LETTERS[outcome.split(":")[0]]
-                    if runner == "ptfix" and outcome.split(":")[0] in ("wrong", "raises"):
+                    if runner != "stock" and outcome.split(":")[0] in ("wrong", "raises", "refused"):
                         faults.append(
                             {"mode": mode, "method": method, "architecture": architecture, "outcome": outcome}
                         )
@@ -114,7 +118,11 @@ def counts(rows: dict[str, dict[str, str]]) -> dict[str, int]:
     total = Counter(
         words[letter] for by_architecture in rows.values() for row in by_architecture.values() for letter in row
     )
-    return {word: total[word] for word in ("exact", "wrong", "raises", "host")}
+    return {
+        word: total[word]
+        for word in ("exact", "wrong", "raises", "refused", "host")
+        if word != "refused" or total[word]
+    }
 
 
 def main() -> int:
@@ -124,20 +132,23 @@ def main() -> int:
     parser.add_argument(
         "--brief", action="store_true", help=f"methods other than {CENTRAL_METHODS} on {CENTRAL_ARCHITECTURES} only"
     )
-    parser.add_argument("--no-stock", action="store_true", help="only with ptfix")
+    parser.add_argument(
+        "--runners", type=lambda text: text.split(","), default=["ptfix", "stock"], help=f"of {', '.join(RUNNERS)}"
+    )
+    parser.add_argument("--zoo", action="store_true", help="every architecture that this transformers has")
     parser.add_argument("--record", action="store_true", help="write the cell into compat_matrix.yaml")
     parser.add_argument("--json", type=Path, help="write the cell there")
     args = parser.parse_args()
     try:
-        from tests.matrix import models, modes
+        from tests.matrix import models, modes, zoo
     except ImportError as error:
         cell = not_importable(error)
     else:
         cell = measure(
-            args.architectures or list(models.ARCHITECTURES),
+            args.architectures or list(zoo.architectures() if args.zoo else models.ARCHITECTURES),
             args.methods or list(models.METHODS),
             args.modes or list(modes.MODES),
-            stock=not args.no_stock,
+            runners=args.runners,
             brief=args.brief,
         )
     if args.json:

@@ -1,0 +1,23 @@
+"""ptfix leaves a training forward without padding alone: logits, loss and gradient are stock's to the last bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.matrix import forward_unchanged, zoo
+from tests.matrix.forward_unchanged import DIFFERS, NO_MODEL, SAME
+from tests.matrix.models import METHODS
+
+PARTS = 4  #: so that several workers can share them
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_architecture_trains_as_stock_does(part: int) -> None:
+    torch.set_num_threads(1)
+    table = forward_unchanged.judge(zoo.architectures()[part::PARTS], METHODS)
+    outcomes = {f"{name}, {method}": outcome for name, row in table.items() for method, outcome in row.items()}
+    assert not {what: outcome for what, outcome in outcomes.items() if outcome.startswith(DIFFERS)}
+    untried = [name for name in zoo.WELL_KNOWN if outcomes.get(f"{name}, prompt_tuning", SAME) != SAME]
+    assert not untried
+    assert sum(outcome.startswith(NO_MODEL) for outcome in outcomes.values()) < len(outcomes) / 4
