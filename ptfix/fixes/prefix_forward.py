@@ -9,7 +9,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from ptfix import hosts
 from ptfix.patching import Edit, Fix
+
+#: Where a prefix for layers with sliding windows may be misread, though that for full attention is not.
+_SLIDING_WINDOWS = ({"peft": "<0.20"}, {"transformers": "<4.56"})
 
 
 @functools.cache
@@ -59,8 +63,12 @@ def _wrap_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 def _probe() -> str | None:
     from ptfix.soft_prompts import probes
 
-    _full_attention_fails()
-    return probes.prefix_forward_fault()
+    _full_attention_fails()  # kept, for it cannot be asked of the host any more once the fix is on
+    fault = probes.full_attention_prefix_fault()
+    # Asked only where it may be: to load gemma2 costs more than all other probes together.
+    if fault is None and any(hosts.in_window(window) for window in _SLIDING_WINDOWS):
+        fault = probes.sliding_window_prefix_fault()
+    return fault
 
 
 FIX = Fix(

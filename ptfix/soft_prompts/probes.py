@@ -133,20 +133,15 @@ def left_padding_fault() -> str | None:
     return None if torch.allclose(padded, alone, atol=1e-4) else "padding on the left changes the positions of the text"
 
 
-def prefix_forward_fault() -> str | None:
-    """Does the training forward of a prefix raise, or leave the prefix out?"""
-    return full_attention_prefix_fault() or sliding_window_prefix_fault()
-
-
 @aside()
 def full_attention_prefix_fault() -> str | None:
-    """Where every layer looks back to the start (llama)."""
+    """Does the training forward of a prefix raise, or leave it out? Where all layers look back to the start (llama)."""
     return _prefix_fault("", _tiny(_prefix_config()))
 
 
 @aside()
 def sliding_window_prefix_fault() -> str | None:
-    """Where some layers look back through a sliding window (gemma2)."""
+    """The same where some layers look back through a sliding window (gemma2)."""
     import transformers
 
     if not hasattr(transformers, "Gemma2Config"):
