@@ -11,7 +11,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, partial
 from typing import Any
 
@@ -34,11 +34,16 @@ def aside() -> Iterator[None]:
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
-        torch.device("cpu"),
-        _PrivateRandom(),
+        _on_cpu(),
         _silence(),
     ):
         yield
+
+
+def _on_cpu() -> Any:
+    """New tensors are on the cpu. Nothing where they are already, since such a mode slows every call down."""
+    default = getattr(torch, "get_default_device", lambda: None)()  # since torch 2.3
+    return nullcontext() if default == torch.device("cpu") else torch.device("cpu")
 
 
 class _PrivateRandom(TorchFunctionMode):  # type: ignore[misc]
@@ -289,23 +294,23 @@ def _tiny(config: Any, family: str = "Llama", **fields: Any) -> Any:
     import transformers
     from peft import get_peft_model
 
-    model = getattr(transformers, f"{family}ForCausalLM")(
-        getattr(transformers, f"{family}Config")(
-            vocab_size=16,
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=32,
-            bos_token_id=1,
-            eos_token_id=None,
-            pad_token_id=0,
-            **fields,
-        )
+    sizes = getattr(transformers, f"{family}Config")(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+        **fields,
     )
-    # Cast twice: peft notes the dtype of what it wraps, and makes the soft prompt in the default one.
-    wrapped = get_peft_model(model.float(), config).float()
+    with _PrivateRandom():
+        model = getattr(transformers, f"{family}ForCausalLM")(sizes)
+        # Cast twice: peft notes the dtype of what it wraps, and makes the soft prompt in the default one.
+        wrapped = get_peft_model(model.float(), config).float()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in wrapped.parameters():
