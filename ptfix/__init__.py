@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +48,9 @@ def apply(strict: bool | None = None) -> Report:
         PatchError: strict, and a needed fix could not be applied; the hosts are as they were.
     """
     if strict is None:
-        strict = os.environ.get("PTFIX_STRICT", "0") not in ("", "0")
+        from ptfix.patching import strict_by_environment
+
+        strict = strict_by_environment()
     return _patcher().apply(strict)
 
 

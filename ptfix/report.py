@@ -11,9 +11,11 @@ from typing import Any
 class Status(str, Enum):
     """The outcome of one fix."""
 
-    APPLIED = "applied"
+    APPLIED = "applied"  #: and probed again: with the fix on, the fault is gone
     NOT_NEEDED = "not_needed"  #: outside the affected versions, or probed and found healthy
-    UNSUPPORTED = "unsupported"  #: needed, but this host is not as expected; it was left as it is
+    UNSUPPORTED = (
+        "unsupported"  #: needed, but this host has drifted, or the fix does not mend it; the host is as it was
+    )
     DISABLED = "disabled"  #: off: named in PTFIX_DISABLE, or (`Row.waiting`) ptfix.apply() has not been called
 
     def __str__(self) -> str:

@@ -20,10 +20,16 @@ TARGET = "peft.peft_model:PeftModelForCausalLM.generate"
 
 
 def fix(
-    id: str, symptom: str | None = "greedy is wrong", affects: dict[str, str] | None = None, target: str = TARGET
+    id: str,
+    symptom: str | None = "greedy is wrong",
+    affects: dict[str, str] | None = None,
+    target: str = TARGET,
+    proof: Callable[[], str | None] = lambda: None,
 ) -> Fix:
     edits = (Edit(target, lambda original: original),)
-    return Fix(id, f"why {id}", f"https://example.invalid/{id}", affects or {}, lambda: symptom, edits, "peft is right")
+    return Fix(
+        id, f"why {id}", f"https://example.invalid/{id}", affects or {}, lambda: symptom, edits, "peft is right", proof
+    )
 
 
 @pytest.fixture
@@ -73,7 +79,15 @@ def test_each_fix_with_status_and_why_and_what_would_retire_it(
     assert "greedy is wrong" in text
     assert "https://example.invalid/needed" in text
     assert "probed and found healthy" in text
-    assert PeftModelForCausalLM.generate is stock, "the doctor patches nothing"
+    assert PeftModelForCausalLM.generate is stock, "what the doctor tries does not stay"
+
+
+def test_a_fix_that_does_not_mend_is_a_problem(given: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    given(fix("weak", proof=lambda: "greedy is still wrong"))
+    status, found = told(capsys, "--json")
+    assert status == 1
+    assert found["fixes"][0]["status"] == "unsupported"
+    assert found["problems"] == ["weak is needed but unsupported: with the fix on, greedy is still wrong"]
 
 
 def test_a_needed_fix_that_is_unsupported_is_a_problem(

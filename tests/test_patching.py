@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from ptfix import hosts
-from ptfix.patching import Edit, Fix, Patcher, PatchError
+from ptfix.patching import Edit, Fallback, Fix, Patcher, PatchError
 from ptfix.report import Report, Status
 
 SOURCE = """
@@ -63,11 +64,14 @@ def fix(
     id: str = "one",
     affects: dict[str, str] | None = None,
     probe: Callable[[], str | None] = lambda: "broken",
+    proof: Callable[[], str | None] | None = lambda: None,
+    drift: Callable[[], str | None] | None = None,
+    fallbacks: tuple[Fallback, ...] = (),
 ) -> Fix:
     edits = tuple(
         target if isinstance(target, Edit) else Edit(f"fakehost:{target}", tagged(f"<{id}>")) for target in targets
     )
-    return Fix(id, "why", "https://example.invalid/1", affects or {}, probe, edits, "never")
+    return Fix(id, "why", "https://example.invalid/1", affects or {}, probe, edits, "never", proof, drift, fallbacks)
 
 
 def statuses(report: Report) -> list[Status]:
@@ -398,3 +402,127 @@ def test_every_probe_meets_the_stock_host(host: Any) -> None:
 )
 def test_the_hosts_of_a_fix(affects: dict[str, str], target: str, needed: tuple[str, ...]) -> None:
     assert fix(Edit(target, tagged("")), affects=affects).hosts == needed
+
+
+def answering(x: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A wrap whose function answers `x`, whatever the host would."""
+    return lambda original: lambda *args, **kwargs: x
+
+
+def test_a_fix_that_does_not_mend_is_unwound_and_told(host: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def probe() -> str | None:
+        return None if host.function(2) == 5 else f"2 becomes {host.function(2)}"
+
+    before = dict(vars(host)), dict(vars(host.Child))
+    mends = fix(
+        Edit("fakehost:Child.own", answering(5)), id="mends", probe=lambda: None if host.Child().own(1) == 5 else "x"
+    )
+    bad = fix(Edit("fakehost:function", answering(4)), "Child.method", id="bad", probe=probe, proof=None)
+    patcher = Patcher((dataclasses.replace(mends, proof=None), bad))
+    report = patcher.apply()
+    assert statuses(report) == [Status.APPLIED, Status.UNSUPPORTED]
+    assert report.rows[1].reason == "with the fix on, 2 becomes 4"
+    assert dict(vars(host)) == before[0]
+    assert "method" not in vars(host.Child)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "bad needed but not applied: with the fix on, 2 becomes 4" in warning
+    patcher.revert()
+    with pytest.raises(PatchError, match="with the fix on, 2 becomes 4"):
+        patcher.apply(strict=True)
+    assert (dict(vars(host)), dict(vars(host.Child))) == before
+
+
+def test_a_proof_that_raises_or_is_interrupted_unwinds(host: Any) -> None:
+    def raising(error: BaseException) -> Callable[[], str | None]:
+        def proof() -> str | None:
+            raise error
+
+        return proof
+
+    before = dict(vars(host))
+    (row,) = Patcher((fix("function", proof=raising(KeyError("x"))),)).apply().rows
+    assert (row.status, row.reason) == (Status.UNSUPPORTED, "with the fix on, the probe failed: KeyError: 'x'")
+    assert dict(vars(host)) == before
+    patcher = Patcher((fix("function", proof=raising(KeyboardInterrupt())),))
+    with pytest.raises(KeyboardInterrupt):
+        patcher.apply()
+    assert dict(vars(host)) == before
+    assert statuses(patcher.status()) == [Status.DISABLED]
+
+
+def test_until_it_is_proved_a_fix_acts_in_its_own_thread_only(host: Any) -> None:
+    seen: list[Any] = []
+
+    def proof() -> str | None:
+        thread = threading.Thread(target=lambda: seen.append(host.function(2)))
+        thread.start()
+        thread.join()
+        seen.append(host.function(2))
+        return None
+
+    Patcher((fix("function", proof=proof),)).apply()
+    assert seen == [2, ("<one>", 2)]
+    thread = threading.Thread(target=lambda: seen.append(host.function(2)))
+    thread.start()
+    thread.join()
+    assert seen[2:] == [("<one>", 2)]
+
+
+def test_an_object_from_before_the_patch_obeys_in_the_proof(host: Any) -> None:
+    kept = host.Child()  # as the probes keep their model
+
+    def probe() -> str | None:
+        return "broken" if kept.own(1) == ("own", 1) else None
+
+    assert statuses(Patcher((fix("Child.own", probe=probe, proof=None),)).apply()) == [Status.APPLIED]
+
+
+def test_ways_are_tried_in_order_and_the_row_says_which_and_why(host: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="ptfix")
+
+    def fault() -> str | None:
+        return None if host.function(2) == 5 else f"2 becomes {host.function(2)}"
+
+    def way(name: str, answer: int, target: str = "function") -> Fallback:
+        return Fallback(
+            name, (Edit(f"fakehost:{target}", answering(answer)),), lambda: (fault(), "greedy; refused: beams")
+        )
+
+    def apply(*fallbacks: Fallback, first: Edit, drift: str | None = None) -> Any:
+        made = fix(first, probe=fault, proof=None, drift=lambda: drift, fallbacks=fallbacks)
+        patcher = Patcher((made,))
+        planned = patcher.status().rows[0]
+        row = patcher.apply().rows[0]
+        answer = host.function(2)
+        patcher.revert()
+        assert host.function(2) == 2
+        return planned, row, answer
+
+    good, bad = Edit("fakehost:function", answering(5)), Edit("fakehost:function", answering(4))
+    _, row, answer = apply(way("second", 5), first=good)
+    assert (row.status, row.reason, answer) == (Status.APPLIED, "2 becomes 2", 5)
+
+    _, row, answer = apply(way("second", 6), way("third", 5), first=bad)
+    assert (row.status, answer) == (Status.APPLIED, 5)
+    reason = "2 becomes 2; with the fix on, 2 becomes 4; second, 2 becomes 6; third: greedy; refused: beams"
+    assert row.reason == reason
+    assert f"one applied: {reason}" in caplog.text
+
+    planned, row, answer = apply(way("second", 5), first=good, drift="a private name is gone")
+    assert planned.waiting
+    assert "a private name is gone" in planned.reason
+    assert (row.status, answer) == (Status.APPLIED, 5)
+    assert row.reason == "2 becomes 2; a private name is gone; second: greedy; refused: beams"
+
+    _, row, answer = apply(way("second", 5), first=Edit("fakehost:gone", answering(5)))
+    assert (row.status, answer) == (Status.APPLIED, 5)
+    assert "fakehost:gone does not exist" in row.reason
+
+    planned, row, answer = apply(way("second", 5, "gone"), first=good, drift="a private name is gone")
+    assert planned == row
+    assert (row.status, answer) == (Status.UNSUPPORTED, 2)
+    assert row.reason.startswith("a private name is gone; fakehost:gone does not exist")
+
+    _, row, answer = apply(way("second", 6), first=bad)
+    assert (row.status, answer) == (Status.UNSUPPORTED, 2)
+    assert row.reason == "with the fix on, 2 becomes 4; second, 2 becomes 6"

@@ -32,8 +32,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Everything the doctor knows, ready for json. Imports and probes the hosts; patches nothing."""
-    report = ptfix.status()
+    """Everything the doctor knows, ready for json. Each fix is tried, since one may not mend; none stays."""
+    report = ptfix._patcher().trial()
     problems = [problem for problem in map(hosts.problem, hosts.FLOORS) if problem]
     advice = [evidence.remedy()] if problems else []
     rows = {row.fix: row for row in report.rows}

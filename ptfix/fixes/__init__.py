@@ -5,6 +5,7 @@ from __future__ import annotations
 from ptfix.fixes import (
     active_adapters,
     chat_template_saving,
+    first_use_check,
     left_padded_forward,
     prefix_checkpointing,
     prefix_forward,
@@ -27,4 +28,5 @@ ALL: tuple[Fix, ...] = (
     active_adapters.FIX,
     trainer_tokenizer.FIX,
     chat_template_saving.FIX,
+    first_use_check.FIX,  # last, around all others
 )

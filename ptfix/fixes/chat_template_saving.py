@@ -34,6 +34,36 @@ def _probe() -> str | None:
     return "save_pretrained writes the template in memory, be it meant for training or for inference"
 
 
+class _AskedForTemplates(Exception):
+    pass
+
+
+class _Mark:
+    """Stands where `register` notes the templates of an object, and tells when they are read."""
+
+    def keys(self) -> Any:
+        raise _AskedForTemplates
+
+
+def _proof() -> str | None:
+    """Does every kind of registered object ask for its templates when it is saved? Nothing is written to find out."""
+    from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast, ProcessorMixin
+
+    from ptfix.chat_templates import saving
+
+    for kind in (PreTrainedTokenizer, PreTrainedTokenizerFast, ProcessorMixin):
+        registered = kind.__new__(kind)
+        vars(registered)[saving._MARK] = _Mark()
+        try:
+            kind.save_pretrained(registered, "")
+        except _AskedForTemplates:
+            continue
+        except Exception as error:
+            return f"a {kind.__name__} is saved without being asked for its templates ({type(error).__name__})"
+        return f"a {kind.__name__} is saved without being asked for its templates"
+    return None
+
+
 FIX = Fix(
     id="chat-template-saving",
     why="a training chat template ends up in the checkpoint, and inference lacks the assistant header",
@@ -56,4 +86,5 @@ FIX = Fix(
         ),
     ),
     retire_when="a host saves an inference template of its own beside the one that is trained with",
+    proof=_proof,
 )

@@ -9,7 +9,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from ptfix import hosts
 from ptfix.patching import Edit, Fix
+
+#: Where a prefix for layers with sliding windows may be misread, though that for full attention is not.
+_SLIDING_WINDOWS = ({"peft": "<0.20"}, {"transformers": "<4.56"})
 
 
 @functools.cache
@@ -22,9 +26,9 @@ def _full_attention_fails() -> bool:
 
 def _is_ours(peft_model: Any) -> bool:
     """Has this model a prefix that the host does not read? Where only sliding windows fail, the others stay stock's."""
-    from ptfix.soft_prompts import adapter, caches
+    from ptfix.soft_prompts import adapter, caches, training
 
-    if not adapter.has_prefix(peft_model):
+    if training.is_traced() or not adapter.has_prefix(peft_model):  # a graph stays the host's own, without a break
         return False
     return _full_attention_fails() or caches.window(peft_model.base_model) is not None
 
@@ -59,8 +63,12 @@ def _wrap_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 def _probe() -> str | None:
     from ptfix.soft_prompts import probes
 
-    _full_attention_fails()
-    return probes.prefix_forward_fault()
+    _full_attention_fails()  # kept, for it cannot be asked of the host any more once the fix is on
+    fault = probes.full_attention_prefix_fault()
+    # Asked only where it may be: to load gemma2 costs more than all other probes together.
+    if fault is None and any(hosts.in_window(window) for window in _SLIDING_WINDOWS):
+        fault = probes.sliding_window_prefix_fault()
+    return fault
 
 
 FIX = Fix(

@@ -66,7 +66,7 @@ def _is_wrong(prepare: Callable[..., Any], config: dict[str, Any]) -> bool:
 
 
 def _probe() -> str | None:
-    from peft.peft_model import _prepare_prompt_learning_config as prepare
+    from peft.peft_model import _prepare_prompt_learning_config as prepare  # the name that is edited
 
     if any(_is_wrong(prepare, config) for config in (_MULTI_QUERY, _WIDE_HEADS)):
         return "a prefix for grouped or multi-query attention gets the wrong shape"

@@ -183,7 +183,7 @@ def rolled(past_key_values: Any, shifts: torch.Tensor) -> Any:
 
     None where that cannot be: a sliding window has let go of positions, or a layer keeps a state in place of positions.
     """
-    if not is_cache(past_key_values):
+    if not is_cache(past_key_values) or keeps_states(past_key_values):
         return None  # legacy tuples keep their positions in a different place in each architecture
     held = length(past_key_values)
     if any(each is None or each.shape[-2] != held for pair in pairs(past_key_values) for each in pair):

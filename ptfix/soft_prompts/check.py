@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,9 @@ _TASK = 0
 _NO_EFFECT = "the soft prompt has no effect: its own training forward answers exactly as the base model"
 _IGNORED = "generate() ignores the soft prompt: it answers as the base model does, not as was trained"
 _GOOD = "the soft prompt acts, and generate() says what the training forward says"
+
+
+_comparing: ContextVar[bool] = ContextVar("ptfix_comparing", default=False)
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,8 @@ class Asked:
     @property
     def _epsilon(self) -> float:
         dtypes = {parameter.dtype for parameter in self.base.parameters()}
+        if torch.is_autocast_enabled(self.device.type):
+            dtypes.add(torch.get_autocast_dtype(self.device.type))
         # Quantised weights are no floating point numbers and not finer than the coarsest of these.
         epsilons = (torch.finfo(dtype if dtype.is_floating_point else torch.bfloat16).eps for dtype in dtypes)
         return float(max(epsilons))
@@ -229,6 +235,20 @@ class Asked:
 
 
 @contextmanager
+def comparing() -> Iterator[None]:
+    """Inside, somebody compares with the truth: calls are not checked once more."""
+    token = _comparing.set(True)
+    try:
+        yield
+    finally:
+        _comparing.reset(token)
+
+
+def is_comparing() -> bool:
+    return _comparing.get()
+
+
+@contextmanager
 def undisturbed(peft_model: Any) -> Iterator[None]:
     """Eval mode, plain greedy settings and no autocast inside; all that and the random state as before afterwards.
 
@@ -244,7 +264,7 @@ def undisturbed(peft_model: Any) -> Iterator[None]:
     modes = [(module, module.training) for module in peft_model.modules()]
     accelerated = vars(peft_model).get("forward") if "_original_forward" in vars(peft_model) else None
     devices = {parameter.device for parameter in peft_model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[device.index or 0 for device in devices]):
+    with comparing(), torch.random.fork_rng(devices=[device.index or 0 for device in devices]):
         try:
             peft_model.eval()
             if accelerated is not None:

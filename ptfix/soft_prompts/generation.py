@@ -343,3 +343,46 @@ class _Text:
         if self.attention_mask is None:
             return torch.arange(length, device=device).unsqueeze(0)
         return (self.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class _Overridden:
+    """A method of the host that the view overrides."""
+
+    names: tuple[str, ...]  #: what it is called, from release to release
+    parameters: tuple[str, ...] = ()  #: what the view hands on or reads by name
+    serves: str | None = None  #: the option of GenerationConfig that is wrong without it; None: it may be absent
+
+
+_OVERRIDDEN = (
+    _Overridden(
+        ("prepare_inputs_for_generation",), ("input_ids", "attention_mask", "inputs_embeds"), serves="max_length"
+    ),
+    _Overridden(("_prepare_generation_config",), ("generation_config",), serves="prefill_chunk_size"),
+    _Overridden(
+        ("_setup_cache", "_get_static_cache", "_get_cache", "_prepare_static_cache"),
+        ("max_cache_len",),
+        serves="cache_implementation",
+    ),
+    _Overridden(("_get_initial_cache_position",)),
+    _Overridden(("get_compiled_call",), ("compile_config",)),
+)
+
+
+def drift() -> str | None:
+    """Which method that the view must override is gone from this host, or no longer takes what it must; None for
+    none."""
+    from transformers import GenerationConfig, LlamaForCausalLM
+
+    options = vars(GenerationConfig())
+    for overridden in _OVERRIDDEN:
+        found = [name for name in overridden.names if hasattr(LlamaForCausalLM, name)]
+        if not found and overridden.serves in options:
+            return f"generate() no longer has {' or '.join(overridden.names)}, which {overridden.serves} needs"
+        for name in found:
+            parameters = inspect.signature(getattr(LlamaForCausalLM, name)).parameters
+            open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+            gone = [] if open_ended else [taken for taken in overridden.parameters if taken not in parameters]
+            if gone:
+                return f"{name} of generate() no longer takes {', '.join(gone)}"
+    return None

@@ -8,67 +8,145 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from contextlib import contextmanager, suppress
+from functools import cache, partial
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
-from ptfix.soft_prompts import reference
+from ptfix.soft_prompts import caches, first_use, reference, views
 
 _VIRTUAL_TOKENS = 2
 
 
+@contextmanager
+def aside() -> Iterator[None]:
+    """The same conditions whatever the caller's are; nothing of the caller's or of another thread's is touched.
+
+    Each of these acts on the current thread alone. The default dtype belongs to the process, so models are cast.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.device("cpu"),
+        _PrivateRandom(),
+        _silence(),
+    ):
+        yield
+
+
+class _PrivateRandom(TorchFunctionMode):  # type: ignore[misc]
+    """New weights are drawn from a generator of our own, not from torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator("cpu").manual_seed(0)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
+            kwargs = {**kwargs, "generator": self.generator}
+        return func(*args, **kwargs)
+
+
+class _ThisThread:
+    """The warnings and log records of the thread that made it."""
+
+    def __init__(self) -> None:
+        self.ident = threading.get_ident()
+
+    def match(self, text: str) -> bool:
+        """Asked by `warnings`, as if this were a pattern for the message."""
+        return threading.get_ident() == self.ident
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Asked by `logging`: may this record pass?"""
+        return threading.get_ident() != self.ident
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Drop what the hosts say to this thread: a broken host complains, and a warning may be an error here.
+
+    ``catch_warnings`` and ``setLevel`` would act on every thread.
+    """
+    this_thread = _ThisThread()
+    ignore: Any = ("ignore", this_thread, Warning, None, 0)
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    handlers = {handler for logger in loggers for handler in getattr(logger, "handlers", ())}
+    if logging.lastResort is not None:
+        handlers.add(logging.lastResort)
+    warnings.filters.insert(0, ignore)  # type: ignore[attr-defined]
+    for handler in handlers:
+        handler.addFilter(this_thread)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(this_thread)
+        with suppress(ValueError):  # another thread's catch_warnings() may have put the filters back
+            warnings.filters.remove(ignore)  # type: ignore[attr-defined]
+
+
+@aside()
 def generation_fault() -> str | None:
     """Does generate() of a prompt-tuned model differ from its training forward, in any of the modes that have ever
     been wrong?"""
-    with _aside():
-        model = _prompt_tuned()
-        ids = torch.tensor([[3, 4, 5, 6]])
-        return (
-            _differs("a left-padded batch", lambda: _padded_scores(model), reference.last_logits(model, ids[:, 1:])[0])
-            or _differs("greedy decoding", lambda: model.generate(input_ids=ids, **_TWO)[0, 4:], _truth(model, ids))
-            or _differs("a second turn", lambda: _second_turn(model, ids), _second_truth(model, ids))
-            or _differs(
-                "a static cache",
-                lambda: model.generate(input_ids=ids, cache_implementation="static", **_TWO)[0, 4:],
-                _truth(model, ids),
-            )
-        )
+    model = _prompt_tuned()
+    ids = torch.tensor([[3, 4, 5, 6]])
+    return (
+        _differs("a left-padded batch", lambda: _padded_scores(model), reference.last_logits(model, ids[:, 1:])[0])
+        or _differs("greedy decoding", lambda: model.generate(input_ids=ids, **_TWO)[0, 4:], _truth(model, ids))
+        or _differs("a second turn", lambda: _second_turn(model, ids), _second_truth(model, ids))
+        or _static_cache_fault(model, ids)
+    )
 
 
+def _static_cache_fault(model: Any, ids: torch.Tensor) -> str | None:
+    from transformers import GenerationConfig
+
+    if not hasattr(GenerationConfig(), "cache_implementation"):
+        return None  # before 4.38 there is no static cache
+    return _differs(
+        "a static cache",
+        lambda: model.generate(input_ids=ids, cache_implementation="static", **_TWO)[0, 4:],
+        _truth(model, ids),
+    )
+
+
+@aside()
 def left_padding_fault() -> str | None:
     """Does forward() move a left-padded text away from its soft prompt?"""
-    with _aside():
-        model = _prompt_tuned()
-        ids, mask = torch.tensor([[0, 0, 5, 6]]), torch.tensor([[0, 0, 1, 1]])
-        with torch.no_grad():
-            padded = model(input_ids=ids, attention_mask=mask).logits[0, -1]
-        alone = reference.last_logits(model, ids[:, 2:])[0]
+    model = _prompt_tuned()
+    ids, mask = torch.tensor([[0, 0, 5, 6]]), torch.tensor([[0, 0, 1, 1]])
+    with torch.no_grad():
+        padded = model(input_ids=ids, attention_mask=mask).logits[0, -1]
+    alone = reference.last_logits(model, ids[:, 2:])[0]
     return None if torch.allclose(padded, alone, atol=1e-4) else "padding on the left changes the positions of the text"
 
 
-def prefix_forward_fault() -> str | None:
-    """Does the training forward of a prefix raise, or leave the prefix out?"""
-    return full_attention_prefix_fault() or sliding_window_prefix_fault()
-
-
+@aside()
 def full_attention_prefix_fault() -> str | None:
-    """Where every layer looks back to the start (llama)."""
-    with _aside():
-        return _prefix_fault("", _tiny(_prefix_config()))
+    """Does the training forward of a prefix raise, or leave it out? Where all layers look back to the start (llama)."""
+    return _prefix_fault("", _tiny(_prefix_config()))
 
 
+@aside()
 def sliding_window_prefix_fault() -> str | None:
-    """Where some layers look back through a sliding window (gemma2)."""
+    """The same where some layers look back through a sliding window (gemma2)."""
     import transformers
 
     if not hasattr(transformers, "Gemma2Config"):
         return None
-    with _aside():
-        return _prefix_fault(" of gemma2", _tiny(_prefix_config(), "Gemma2", head_dim=4, sliding_window=4))
+    return _prefix_fault(" of gemma2", _tiny(_prefix_config(), "Gemma2", head_dim=4, sliding_window=4))
 
 
 def _prefix_fault(where: str, model: Any) -> str | None:
@@ -82,46 +160,84 @@ def _prefix_fault(where: str, model: Any) -> str | None:
     return None if gradient is not None and bool(gradient.any()) else f"the training forward{where} leaves it out"
 
 
+@aside()
 def prefix_checkpointing_fault() -> str | None:
     """Is a prefix trained as without it when gradient checkpointing is switched on after wrapping, as Trainer does?"""
     ids = torch.tensor([[3, 4, 5, 6]])
-    with _aside():
-        model = _tiny(_prefix_config()).train()
-        try:
-            plain = _prefix_gradient(model, ids)
-        except Exception as error:
-            return f"the training forward raises {type(error).__name__}, also with gradient checkpointing"
-        model.zero_grad()
-        model.get_base_model().gradient_checkpointing_enable()
-        model.get_base_model().enable_input_require_grads()
-        try:
-            checkpointed = _prefix_gradient(model, ids)
-        except Exception as error:
-            return f"the training forward with gradient checkpointing raises {type(error).__name__}"
+    model = _tiny(_prefix_config()).train()
+    try:
+        plain = _prefix_gradient(model, ids)
+    except Exception as error:
+        return f"the training forward raises {type(error).__name__}, also with gradient checkpointing"
+    model.zero_grad()
+    model.get_base_model().gradient_checkpointing_enable()
+    model.get_base_model().enable_input_require_grads()
+    for module in model.modules():
+        chosen = vars(module).get("_gradient_checkpointing_func")
+        if chosen is not None:
+            options = getattr(chosen, "keywords", {})
+            module._gradient_checkpointing_func = partial(_run_twice, use_reentrant=options.get("use_reentrant", True))
+    try:
+        checkpointed = _prefix_gradient(model, ids)
+    except Exception as error:
+        return f"the training forward with gradient checkpointing raises {type(error).__name__}"
     if plain is None or checkpointed is None or not torch.allclose(plain, checkpointed, atol=1e-5):
         return "with gradient checkpointing the prefix is not trained"
     return None
 
 
+def _run_twice(function: Callable[..., Any], *args: Any, use_reentrant: bool, **kwargs: Any) -> Any:
+    """torch's checkpoint for a layer that draws nothing: without hold of the random state of every thread, and without
+    its import of the compiler."""
+    if use_reentrant:
+        return CheckpointFunction.apply(function, False, *args)
+    function(*args, **kwargs)
+    return function(*args, **kwargs)
+
+
+@aside()
+def first_use_fault() -> str | None:
+    """Does generate() of a soft prompt that answers otherwise than it was trained say nothing?"""
+    with first_use.hearing() as findings:
+        model = views.shallow(_prompt_tuned())
+        model.__class__ = _trained_otherwise(type(model))
+        with suppress(Exception):  # a host that raises is another fix's business
+            model.generate(input_ids=torch.tensor([[3, 4, 5, 6]]), **_TWO)
+    return None if findings else "nothing compares what generate() says with what was trained"
+
+
+def _trained_otherwise(model_class: type[Any]) -> type[Any]:
+    class TrainedOtherwise(model_class):  # type: ignore[misc]
+        """Its training forward says something that no generate() can."""
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            outputs = super().forward(*args, **kwargs)
+            outputs.logits = outputs.logits + torch.arange(outputs.logits.shape[-1]) * 10
+            return outputs
+
+    return TrainedOtherwise
+
+
+@aside()
 def sharded_saving_fault() -> str | None:
     """Does saving fail where the weights of a soft prompt are a DTensor, as FSDP2 leaves them?"""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Shard
 
-    with _aside():
-        model = copy.deepcopy(_prompt_tuned())
-        embedding = model.prompt_encoder.default.embedding
-        whole = embedding.weight.detach().clone()
-        # All processes of this mesh are this one, so that nobody is talked to.
-        mesh = DeviceMesh("cpu", [0], _init_backend=False, _rank=0)
-        embedding.weight = torch.nn.Parameter(DTensor.from_local(whole, mesh, [Shard(0)], run_check=False))
-        try:
-            saved = model.get_prompt_embedding_to_save("default")
-        except Exception as error:
-            return f"saving a sharded soft prompt raises {type(error).__name__}"
+    model = copy.deepcopy(_prompt_tuned())
+    embedding = model.prompt_encoder.default.embedding
+    whole = embedding.weight.detach().clone()
+    # All processes of this mesh are this one, so that nobody is talked to.
+    mesh = DeviceMesh("cpu", [0], _init_backend=False, _rank=0)
+    embedding.weight = torch.nn.Parameter(DTensor.from_local(whole, mesh, [Shard(0)], run_check=False))
+    try:
+        saved = model.get_prompt_embedding_to_save("default")
+    except Exception as error:
+        return f"saving a sharded soft prompt raises {type(error).__name__}"
     return None if torch.equal(saved, whole) else "a sharded soft prompt is not saved whole"
 
 
+@aside()
 def split_prefix_fault() -> str | None:
     """Does prefix tuning fail where attention computes only a part of the heads, as in a tensor parallel model?"""
     from torch.distributed.device_mesh import DeviceMesh
@@ -129,19 +245,18 @@ def split_prefix_fault() -> str | None:
 
     if not hasattr(PreTrainedModel, "_tp_size"):
         return None
-    with _aside():
-        model = _tiny(_prefix_config())
-        base = model.get_base_model()
-        attention = base.model.layers[0].self_attn
-        for name, dim in (("q_proj", 0), ("k_proj", 0), ("v_proj", 0), ("o_proj", 1)):  # one of two heads
-            projection = getattr(attention, name)
-            projection.weight = torch.nn.Parameter(projection.weight.detach().narrow(dim, 4, 4).clone())
-        base._tp_size, base._device_mesh = 2, DeviceMesh("cpu", [0, 1], _init_backend=False, _rank=1)
-        try:
-            with torch.no_grad():
-                model(input_ids=torch.tensor([[3, 4]]))
-        except Exception as error:
-            return f"prefix tuning of a tensor parallel model raises {type(error).__name__}"
+    model = _tiny(_prefix_config())
+    base = model.get_base_model()
+    attention = base.model.layers[0].self_attn
+    for name, dim in (("q_proj", 0), ("k_proj", 0), ("v_proj", 0), ("o_proj", 1)):  # one of two heads
+        projection = getattr(attention, name)
+        projection.weight = torch.nn.Parameter(projection.weight.detach().narrow(dim, 4, 4).clone())
+    base._tp_size, base._device_mesh = 2, DeviceMesh("cpu", [0, 1], _init_backend=False, _rank=1)
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[3, 4]]))
+    except Exception as error:
+        return f"prefix tuning of a tensor parallel model raises {type(error).__name__}"
     return None
 
 
@@ -159,7 +274,8 @@ def _prefix_gradient(model: Any, ids: torch.Tensor, **options: Any) -> torch.Ten
     return None if gradient is None else gradient.clone()
 
 
-_TWO = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+#: Not synchronized: one rank may ask alone.
+_TWO = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "synced_gpus": False}
 
 
 @cache
@@ -188,7 +304,8 @@ def _tiny(config: Any, family: str = "Llama", **fields: Any) -> Any:
             **fields,
         )
     )
-    wrapped = get_peft_model(model, config)
+    # Cast twice: peft notes the dtype of what it wraps, and makes the soft prompt in the default one.
+    wrapped = get_peft_model(model.float(), config).float()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in wrapped.parameters():
@@ -217,7 +334,7 @@ def _second_turn(model: Any, ids: torch.Tensor) -> torch.Tensor:
     first = model.generate(input_ids=ids, return_dict_in_generate=True, **_TWO)
     again = torch.cat((first.sequences, ids), 1)
     out: torch.Tensor = model.generate(
-        input_ids=again, attention_mask=torch.ones_like(again), past_key_values=first.past_key_values, **_TWO
+        input_ids=again, attention_mask=torch.ones_like(again), **{caches.keyword(): caches.of(first)}, **_TWO
     )
     return out[0, again.shape[1] :]
 
@@ -234,19 +351,3 @@ def _differs(what: str, run: Callable[[], torch.Tensor], truth: torch.Tensor) ->
     except Exception as error:
         return f"{what} raises {type(error).__name__}"
     return None if same else f"{what} is continued otherwise than by the training forward"
-
-
-@contextmanager
-def _aside() -> Iterator[None]:
-    """Leave the user's random state, warnings and log as they were."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loggers = [logging.getLogger(name) for name in ("transformers", "peft")]
-        levels = [logger.level for logger in loggers]
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.CRITICAL)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

@@ -53,6 +53,20 @@ def modes() -> dict[str, str | None]:
     }
 
 
+def proof() -> tuple[str | None, str]:
+    """(why no soft prompt can be generated with, or None; which modes are right and which are refused)."""
+    faults: dict[str, list[str]] = {}
+    for each, fault in modes().items():
+        kind, mode = each.split(": ")
+        if fault is not None:
+            faults.setdefault(mode, []).append(kind)
+    if len(faults.get("greedy", [])) == 2:
+        return "greedy decoding is not right either", ""
+    right = [mode for mode in _TRIALS if mode not in faults]
+    refused = [mode if len(kinds) == 2 else f"{mode} ({kinds[0]})" for mode, kinds in faults.items()]
+    return None, "; ".join((", ".join(right), *([f"refused: {', '.join(refused)}"] if refused else [])))
+
+
 #: Options of generate() that run the base model in ways of their own, and their values that mean "off".
 _REFUSED = {
     "guidance_scale": (None, 1, 1.0),
@@ -593,7 +607,7 @@ _TRIALS: dict[str, Callable[[_Trial], Pair]] = {
 
 @cache
 def _fault(is_prefix: bool, mode: str) -> str | None:
-    with probes._aside():
+    with probes.aside():
         try:
             got, truth = _TRIALS[mode](_trial(is_prefix))
             same = torch.allclose(got, truth, atol=1e-4) if truth.is_floating_point() else torch.equal(got, truth)

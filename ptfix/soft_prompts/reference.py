@@ -34,14 +34,18 @@ def greedy(
 
 def last_logits(peft_model: Any, input_ids: torch.Tensor, task_ids: torch.Tensor | None = None) -> torch.Tensor:
     """Logits ``[rows, vocab]`` of the token after `input_ids [rows, tokens]`, from one training forward."""
-    if input_ids.shape[0] != 1:
+    return logits(peft_model, 1, input_ids=input_ids, **({} if task_ids is None else {"task_ids": task_ids}))
+
+
+def logits(peft_model: Any, last: int, **inputs: torch.Tensor) -> torch.Tensor:
+    """Logits ``[last, vocab]`` of the last tokens of one row, from one training forward of `inputs`."""
+    if any(len(inputs[name]) != 1 for name in ("input_ids", "inputs_embeds") if name in inputs):
         raise ValueError("the reference takes one unpadded row at a time.")
-    options = {} if task_ids is None else {"task_ids": task_ids}
     training = peft_model.training
     peft_model.eval()
     try:
         with torch.no_grad():
-            logits: torch.Tensor = peft_model(input_ids=input_ids, **options).logits
+            found: torch.Tensor = peft_model(**inputs).logits
     finally:
         peft_model.train(training)
-    return logits[:, -1].float()
+    return found[0, -last:].float()

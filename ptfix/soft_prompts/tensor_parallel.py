@@ -40,7 +40,7 @@ def share(states: torch.Tensor, layer: int, base_model: Any) -> torch.Tensor:
             f"the prefix has {states.shape[1]} key/value heads, layer {layer} of this model has {local} of them in "
             f"each of {mesh.size()} processes: prefix tuning cannot tell which. Use prompt tuning, or no tp_plan."
         )
-    shared: torch.Tensor = _Share.apply(states, mesh.get_local_rank() * local, local, mesh)
+    shared: torch.Tensor = _Share.apply(states, mesh.get_coordinate()[0] * local, local, mesh)
     return shared
 
 

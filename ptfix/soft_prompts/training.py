@@ -213,23 +213,28 @@ def checkpointed(base: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]
     replayable cache it may stay.
     """
     layers = _decoder_layers(base)
+    chosen = (vars(module).get("_gradient_checkpointing_func") for module in base.modules())
+    # The host's call of checkpoint, with the options that the user chose.
+    run_twice = next((each for each in chosen if isinstance(each, partial)), checkpoint)
 
     def edit(view: Any, module: torch.nn.Module) -> None:
         if getattr(module, "gradient_checkpointing", False):
             view.__dict__["gradient_checkpointing"] = False
         if module is layers:
             for layer in view:
-                layer.__dict__["forward"] = partial(_run_twice, layer.forward)
+                layer.__dict__["forward"] = partial(_with_replayable_caches, run_twice, layer.forward)
 
     return views.tree(base, edit), {**kwargs, "use_cache": True}
 
 
-def _run_twice(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _with_replayable_caches(
+    run_twice: Callable[..., Any], forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
     # Here rather than once for the model: some releases give their layers a copy of the cache.
     args = tuple(caches.replayable(value) for value in args)
     kwargs = {name: caches.replayable(value) for name, value in kwargs.items()}
     # Not reentrant: the prefix reaches the layer through the cache, where a reentrant checkpoint sees no gradient.
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return run_twice(forward, *args, use_reentrant=False, **kwargs)
 
 
 def _decoder_layers(base: Any) -> torch.nn.ModuleList:

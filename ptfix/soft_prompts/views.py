@@ -7,6 +7,8 @@ disturb.
 from __future__ import annotations
 
 import copy
+import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -33,3 +35,30 @@ def tree(module: Any, edit: Callable[[Any, torch.nn.Module], None]) -> Any:
             view._modules[name] = tree(child, edit)
     edit(view, module)
     return view
+
+
+def private(module: Any) -> Any:
+    """A view of a module and of all below it, in eval mode, whose bound methods stay inside it: whatever it runs and
+    stores, nothing shared is changed."""
+    pairs: list[tuple[Any, torch.nn.Module]] = []
+
+    def edit(view: Any, original: torch.nn.Module) -> None:
+        view.__dict__["training"] = False
+        pairs.append((view, original))
+
+    view = tree(module, edit)
+    twins = {id(original): each for each, original in pairs}
+    for each, _ in pairs:
+        each.__dict__.update({name: _moved(value, twins) for name, value in each.__dict__.items()})
+    return view
+
+
+def _moved(value: Any, twins: dict[int, Any]) -> Any:
+    """A method bound to an original (peft's disable_adapter() and accelerate's hooks hang such on modules), bound to
+    its view."""
+    if isinstance(value, types.MethodType) and id(value.__self__) in twins:
+        return types.MethodType(value.__func__, twins[id(value.__self__)])
+    if isinstance(value, functools.partial) and value.args and id(value.args[0]) in twins:
+        first, *rest = value.args
+        return functools.partial(_moved(value.func, twins), twins[id(first)], *rest, **value.keywords)
+    return value

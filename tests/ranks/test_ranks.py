@@ -67,7 +67,7 @@ def models() -> tuple[Path, list[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def trainer() -> tuple[Path, list[dict[str, Any]]]:
-    return trainer
+    return ran("trainer")
 
 
 def as_in_one_process(processes: list[dict[str, Any]], kind: str, method: str) -> None:
