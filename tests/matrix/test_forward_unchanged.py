@@ -1,4 +1,5 @@
-"""ptfix leaves a training forward without padding alone: logits, loss and gradient are stock's to the last bit."""
+"""ptfix leaves a training forward without padding alone: what it says is stock's to the last bit, save where stock does
+not hold a prefix as its models read it (see `forward_unchanged`)."""
 
 from __future__ import annotations
 
