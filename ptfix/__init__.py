@@ -74,10 +74,16 @@ def _patcher() -> Patcher:
 
 @functools.cache
 def _the_patcher() -> Patcher:
-    from ptfix import evidence, fixes
+    from ptfix import fixes
     from ptfix.patching import Patcher
 
-    return Patcher(fixes.ALL, evidence.remedy)
+    return Patcher(fixes.ALL, _remedy)
+
+
+def _remedy() -> str:
+    from ptfix import evidence  # not before: it loads yaml, and is asked only where a host cannot be used
+
+    return evidence.remedy()
 
 
 def __getattr__(name: str) -> Any:

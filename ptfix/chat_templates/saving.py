@@ -13,11 +13,13 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ptfix.chat_templates import choosing, files, readers
-from ptfix.chat_templates.choosing import Choice
+from ptfix.chat_templates import files, readers
 from ptfix.chat_templates.readers import Templates
+
+if TYPE_CHECKING:
+    from ptfix.chat_templates.choosing import Choice
 
 logger = logging.getLogger("ptfix")
 
@@ -42,6 +44,8 @@ def register(obj: Any, inference: InMemory = None, *, base: str | Path | None = 
     Raises:
         TypeError: `obj` has no chat template to speak of.
     """
+    from ptfix.chat_templates import choosing  # not before: apply() loads this module, and is quick
+
     if not hasattr(obj, "chat_template") or not hasattr(obj, "save_pretrained"):
         raise TypeError(f"register() takes a tokenizer or processor of transformers, not a {type(obj).__name__}.")
     tokenizer = tokenizer_of(obj)
@@ -98,6 +102,8 @@ def training_template(obj: Any) -> Templates | None:
 
 @functools.lru_cache(maxsize=64)  # a template is judged once, not at each checkpoint
 def _chosen(key: str) -> Choice:
+    from ptfix.chat_templates import choosing
+
     state = json.loads(key)
     return choosing.choose(
         explicit=_templates(state.get("explicit")),

@@ -237,6 +237,13 @@ def window(base_model: Any) -> int | None:
     return getattr(text_config(base_model), "sliding_window", None)
 
 
+def alternates_windows(base_model: Any) -> bool:
+    """Have some of its layers a sliding window, and others none, so that its cache is made of two kinds of layers?"""
+    config = text_config(base_model)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return len(kinds) > 1 or getattr(config, "cache_implementation", None) == "hybrid"
+
+
 def can_lay_in(base_model: Any) -> bool:
     """Does this model read Cache objects, so that a prefix can stand behind a row's padding?"""
     return _caches_can_be_cropped() and legacy_layout(base_model) is None
@@ -383,6 +390,8 @@ def _replayable_class(kind: type) -> type:
 def _legacy(prefix: KeyValues, layout: list[tuple[int, ...]]) -> Any:
     pairs = [pair for pair in prefix if pair is not None]
     batch, heads, tokens, dim = pairs[0][0].shape
+    if len(layout) == 1 and len(layout[0]) == 5:  # ctrl: one tensor [2, batch, heads, tokens, head dim]
+        return tuple(torch.stack(pair) for pair in pairs)
     if len(layout) == 1:  # one tensor [batch, tokens, 2 * head dim]: multi-query attention keeps key and value together
         return tuple(torch.cat((key[:, 0], value[:, 0]), dim=-1) for key, value in pairs)
     ranks = [len(shape) for shape in layout]

@@ -103,7 +103,7 @@ class _Turn:
             self.hidden = mask_length - given
         elif behind >= given:
             self.hidden = behind
-        if mask is not None and (not self.prompt.is_prefix or caches.can_lay_in(self.base)):
+        if mask is not None and (not self.prompt.is_prefix or caches.can_put_when_fed(self.base)):
             self.pads = padding.left_pads(mask)
             self.most_pads = 0 if self.pads is None else int(self.pads.max())
 
@@ -166,11 +166,11 @@ class _SoftPromptView:
             prefix = caches.prefix_of(prompt, len(input_ids))
             if turn.pads is not None or caches.wants_one_span(turn.base, stop):
                 pads = input_ids.new_zeros(len(input_ids)) if turn.pads is None else turn.pads
-                past_key_values = caches.lay_in(past_key_values, prefix, pads, turn.base)
+                past_key_values = caches.put_when_fed(past_key_values, prefix, pads, turn.base)
             else:
                 past_key_values = caches.fill(past_key_values, prefix, turn.base)
                 start = prompt.length
-            past_key_values = caches.told_its_size(past_key_values, stop, turn.base)
+            past_key_values = caches.with_known_length(past_key_values, stop, turn.base)
             if not kwargs.get("use_cache", True):
                 kwargs["use_cache"] = (
                     True  # else some models do not read the cache; this one is thrown away after the step

@@ -105,26 +105,32 @@ def _silence() -> Iterator[None]:
 def generation_fault() -> str | None:
     """Does generate() of a prompt-tuned model differ from its training forward, in any of the modes that have ever
     been wrong?"""
-    model = _prompt_tuned()
-    ids = torch.tensor([[3, 4, 5, 6]])
-    return (
-        _differs("a left-padded batch", lambda: _padded_scores(model), reference.last_logits(model, ids[:, 1:])[0])
-        or _differs("greedy decoding", lambda: model.generate(input_ids=ids, **_TWO)[0, 4:], _truth(model, ids))
-        or _differs("a second turn", lambda: _second_turn(model, ids), _second_truth(model, ids))
-        or _static_cache_fault(model, ids)
-    )
-
-
-def _static_cache_fault(model: Any, ids: torch.Tensor) -> str | None:
     from transformers import GenerationConfig
 
-    if not hasattr(GenerationConfig(), "cache_implementation"):
-        return None  # before 4.38 there is no static cache
-    return _differs(
-        "a static cache",
-        lambda: model.generate(input_ids=ids, cache_implementation="static", **_TWO)[0, 4:],
-        _truth(model, ids),
-    )
+    model, ids = _prompt_tuned(), torch.tensor([[3, 4, 5, 6]])
+    fault = _differs("a left-padded batch", lambda: _padded_scores(model), reference.last_logits(model, ids[:, 1:])[0])
+    if fault is not None:
+        return fault
+    truth, answers = reference.greedy(model, ids, 2)[0], []
+
+    def first_turn() -> torch.Tensor:
+        answers.append(model.generate(input_ids=ids, return_dict_in_generate=True, **_TWO))
+        return answers[0].sequences
+
+    def second_turn() -> torch.Tensor:
+        again = torch.cat((truth, ids), 1)
+        held = {caches.keyword(): caches.of(answers[0])}
+        return model.generate(input_ids=again, attention_mask=torch.ones_like(again), **held, **_TWO)[0, -2:]
+
+    def static_cache() -> torch.Tensor:
+        return model.generate(input_ids=ids, cache_implementation="static", **_TWO)
+
+    fault = _differs("greedy decoding", first_turn, truth)
+    if fault is None and hasattr(GenerationConfig(), "cache_implementation"):  # from 4.38 on
+        fault = _differs("a static cache", static_cache, truth)
+    if fault is None:
+        fault = _differs("a second turn", second_turn, _truth(model, torch.cat((truth, ids), 1)))
+    return fault
 
 
 @aside()
@@ -141,7 +147,7 @@ def left_padding_fault() -> str | None:
 @aside()
 def full_attention_prefix_fault() -> str | None:
     """Does the training forward of a prefix raise, or leave it out? Where all layers look back to the start (llama)."""
-    return _prefix_fault("", _tiny(_prefix_config()))
+    return _prefix_fault("", _prefix_tuned())
 
 
 @aside()
@@ -156,7 +162,7 @@ def sliding_window_prefix_fault() -> str | None:
 
 def _prefix_fault(where: str, model: Any) -> str | None:
     ids = torch.tensor([[3, 4, 5, 6, 7]])
-    model.train()
+    model.train().zero_grad()
     try:
         # Without a KV cache of its own, as Trainer sets it, and without a mask.
         gradient = _prefix_gradient(model, ids, use_cache=False)
@@ -169,7 +175,7 @@ def _prefix_fault(where: str, model: Any) -> str | None:
 def prefix_checkpointing_fault() -> str | None:
     """Is a prefix trained as without it when gradient checkpointing is switched on after wrapping, as Trainer does?"""
     ids = torch.tensor([[3, 4, 5, 6]])
-    model = _tiny(_prefix_config()).train()
+    model = copy.deepcopy(_prefix_tuned()).train()
     try:
         plain = _prefix_gradient(model, ids)
     except Exception as error:
@@ -250,7 +256,7 @@ def split_prefix_fault() -> str | None:
 
     if not hasattr(PreTrainedModel, "_tp_size"):
         return None
-    model = _tiny(_prefix_config())
+    model = copy.deepcopy(_prefix_tuned())
     base = model.get_base_model()
     attention = base.model.layers[0].self_attn
     for name, dim in (("q_proj", 0), ("k_proj", 0), ("v_proj", 0), ("o_proj", 1)):  # one of two heads
@@ -288,6 +294,11 @@ def _prompt_tuned() -> Any:
     from peft import PromptTuningConfig
 
     return _tiny(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=_VIRTUAL_TOKENS))
+
+
+@cache
+def _prefix_tuned() -> Any:
+    return _tiny(_prefix_config())
 
 
 def _tiny(config: Any, family: str = "Llama", **fields: Any) -> Any:
@@ -333,20 +344,6 @@ def _padded_scores(model: Any) -> torch.Tensor:
     )
     scores: torch.Tensor = out.scores[0][0].float()
     return scores
-
-
-def _second_turn(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    first = model.generate(input_ids=ids, return_dict_in_generate=True, **_TWO)
-    again = torch.cat((first.sequences, ids), 1)
-    out: torch.Tensor = model.generate(
-        input_ids=again, attention_mask=torch.ones_like(again), **{caches.keyword(): caches.of(first)}, **_TWO
-    )
-    return out[0, again.shape[1] :]
-
-
-def _second_truth(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    first, _ = reference.greedy(model, ids, 2)
-    return _truth(model, torch.cat((first, ids), 1))
 
 
 def _differs(what: str, run: Callable[[], torch.Tensor], truth: torch.Tensor) -> str | None:
