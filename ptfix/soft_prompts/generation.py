@@ -322,7 +322,7 @@ class _Text:
             if task_ids is not None:
                 task_ids = task_ids.repeat_interleave(rows // len(task_ids))  # as generate() expands for beams
             parts.insert(0, self.prompt.embeddings(rows, task_ids).to(dtype))
-        elif start < self.prompt.length or self.order is not None:  # laid in: what stands there is not read
+        elif start < self.prompt.length or self.order is not None:  # replaced when fed
             parts.insert(0, self.prompt.embed(self.placeholders[:, : self.prompt.length]))
         embeddings = torch.cat([part.to(dtype) for part in parts], dim=1)
         if self.order is not None:
