@@ -2,8 +2,8 @@
 
 A soft prompt is keys and values in every layer: a prefix is stored as such, and one forward of a prompt's embeddings
 makes them. The base model generates for the ids ``[placeholders; ids]`` with a cache of the caller's own. That cache
-replaces the keys and values of the placeholders by those of the soft prompt (`caches.put_when_fed`), so the host sees an
-ordinary first turn: ``generate(ids, attention_mask=mask, past_key_values=cache)``. Whatever looks at ids (logits
+replaces the keys and values of the placeholders by those of the soft prompt (`caches.put_when_fed`), so the host sees
+an ordinary first turn: ``generate(ids, attention_mask=mask, past_key_values=cache)``. Whatever looks at ids (logits
 processors, stopping criteria, streamers, the caller) is given the real ones.
 
 No private method, no override and no view of the base model's class: what the host renames inside itself does not
