@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _legacy_layouts: WeakKeyDictionary[torch.nn.Module, list[tuple[int, ...]] | None] = WeakKeyDictionary()
 
+_measures_places: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
+
 #: What hosts call the KV cache, in arguments and in outputs; transformers 5.24 renamed it.
 _NAMES = ("cache", "past_key_values")
 
@@ -248,6 +250,30 @@ def names_window_layers(base_model: Any) -> bool:
 def can_put_when_fed(base_model: Any) -> bool:
     """Does this model read Cache objects, so that a prefix can stand behind a row's padding?"""
     return _caches_can_be_cropped() and legacy_layout(base_model) is None
+
+
+def measures_places(base_model: Any) -> bool:
+    """Do masked tokens between two parts of a text move them apart for this model (mpt's distances, gpt_neo's local
+    windows), whatever their positions say?"""
+    if base_model not in _measures_places:
+        gap = getattr(text_config(base_model), "window_size", None) or 4
+        device = base_model.get_input_embeddings().weight.device
+        text = torch.arange(1, 7, device=device)[None]
+        apart = torch.cat((text[:, :3], text.new_zeros(1, gap), text[:, 3:]), dim=1)
+        logits = [_masked_logits(base_model, ids) for ids in (text, apart)]
+        _measures_places[base_model] = not torch.allclose(*logits, rtol=1e-2, atol=1e-2)
+    return _measures_places[base_model]
+
+
+def _masked_logits(base_model: Any, ids: torch.Tensor) -> torch.Tensor:
+    mask = (ids != 0).long()
+    options = {"attention_mask": mask}
+    if "position_ids" in inspect.signature(base_model.forward).parameters:
+        options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    view = views.tree(base_model, lambda twin, module: twin.__dict__.update(training=False))
+    with torch.no_grad():
+        logits: torch.Tensor = view(input_ids=ids, **options).logits[0, -1].float()
+    return logits
 
 
 def wants_one_span(base_model: Any, tokens: int) -> bool:

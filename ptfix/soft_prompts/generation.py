@@ -103,9 +103,18 @@ class _Turn:
             self.hidden = mask_length - given
         elif behind >= given:
             self.hidden = behind
-        if mask is not None and (not self.prompt.is_prefix or caches.can_put_when_fed(self.base)):
-            self.pads = padding.left_pads(mask)
-            self.most_pads = 0 if self.pads is None else int(self.pads.max())
+        if mask is None:
+            return
+        if self.prompt.is_prefix and not caches.can_put_when_fed(self.base):
+            # Tuples of tensors hold a prefix in front of the padding only.
+            if padding.left_pads(mask) is not None and caches.measures_places(self.base):
+                raise ValueError(
+                    f"a {type(self.base).__name__} of this transformers release reads a prefix at other distances in a "
+                    "left-padded row than alone: generate rows of equal length, or use transformers 4.42 or later."
+                )
+            return
+        self.pads = padding.left_pads(mask)
+        self.most_pads = 0 if self.pads is None else int(self.pads.max())
 
 
 class _SoftPromptView:
