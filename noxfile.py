@@ -3,6 +3,7 @@
 nox -s "matrix(transformers='4.44.2', peft='0.11.1')"   # one pair
 nox -s matrix-all -- --jobs 2                           # all that are not measured yet; --fresh: all
 nox -s matrix-quick                                     # a few pairs, the central modes, nothing written
+nox -s soft-prompts                                     # the same pairs: checks, probes, all architectures
 nox -s chat-templates                                   # what each release saves, every other loads
 nox -s sequence-length                                  # guard, warmup and retention where the Trainer's hooks differ
 nox -s newest                                           # the newest hosts on the index, whatever they are; -- --pre
@@ -59,6 +60,16 @@ TRAINERS = [
     ("5.0.0", "0.18.1"),
     ("5.24.0", "0.21.2"),
 ]
+
+#: generate() and forward() in every mode, and the tutorial
+CENTRAL = (
+    "tests/matrix/test_exact.py",
+    "tests/matrix/test_stories.py",
+    "tests/soft_prompts/test_architectures.py",
+    "tests/soft_prompts/test_padding_and_windows.py",
+    "tests/soft_prompts/test_padding_on_the_right.py",
+    "tests/test_tutorial.py",
+)
 
 #: what `newest` asks of a pair that nobody has seen
 NEWEST = {
@@ -133,7 +144,15 @@ def matrix_all(session: nox.Session) -> None:
 def matrix_quick(session: nox.Session, transformers: str, peft: str) -> None:
     """The stories' pairs: the test suite's matrix folder, nothing written."""
     _environment(session, transformers, peft)
-    session.run("pytest", "-q", "tests/matrix", "tests/soft_prompts", "tests/test_tutorial.py", *SAVING)
+    session.run("pytest", "-q", *CENTRAL, *SAVING)
+
+
+@nox.session(name="soft-prompts")
+@nox.parametrize("transformers,peft", QUICK)
+def soft_prompts(session: nox.Session, transformers: str, peft: str) -> None:
+    """What takes longer on the stories' pairs: the first-use check, probes, the second line, every architecture."""
+    _environment(session, transformers, peft)
+    session.run("pytest", "-q", "tests/soft_prompts", "tests/matrix/test_forward_unchanged.py", *session.posargs)
 
 
 @nox.session(name="savers")

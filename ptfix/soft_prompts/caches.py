@@ -237,7 +237,14 @@ def window(base_model: Any) -> int | None:
     return getattr(text_config(base_model), "sliding_window", None)
 
 
-def can_lay_in(base_model: Any) -> bool:
+def alternates_windows(base_model: Any) -> bool:
+    """Have some of its layers a sliding window, and others none, so that its cache is made of two kinds of layers?"""
+    config = text_config(base_model)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return len(kinds) > 1 or getattr(config, "cache_implementation", None) == "hybrid"
+
+
+def can_put_when_fed(base_model: Any) -> bool:
     """Does this model read Cache objects, so that a prefix can stand behind a row's padding?"""
     return _caches_can_be_cropped() and legacy_layout(base_model) is None
 
@@ -250,7 +257,7 @@ def wants_one_span(base_model: Any, tokens: int) -> bool:
     """
     return (
         window(base_model) is not None
-        and can_lay_in(base_model)
+        and can_put_when_fed(base_model)
         and tokens > (window(base_model) or 0)
         and importlib.util.find_spec("transformers.masking_utils") is None
     )
@@ -271,7 +278,7 @@ def padded_rows_need_one_span() -> bool:
     return unmask is not None and "attention_mask" in inspect.signature(unmask).parameters
 
 
-def lay_in(past_key_values: Any, prefix: KeyValues, first: torch.Tensor, base_model: Any) -> Any:
+def put_when_fed(past_key_values: Any, prefix: KeyValues, first: torch.Tensor, base_model: Any) -> Any:
     """An empty cache that takes `prefix` for what is fed at the positions from ``first [rows]`` on.
 
     So a prefix can stand behind padding, and be fed in one span or in chunks with the text: sliding windows count
@@ -281,17 +288,17 @@ def lay_in(past_key_values: Any, prefix: KeyValues, first: torch.Tensor, base_mo
     if not is_cache(past_key_values):
         past_key_values = new(base_model)
     stop = int(first.max()) + _first(prefix)[0].shape[-2]
-    vars(past_key_values)["_ptfix_laid_in"] = {
+    vars(past_key_values)["_ptfix_waiting"] = {
         layer: (*pair, first, 0, stop) for layer, pair in enumerate(prefix) if pair is not None
     }
-    past_key_values.__class__ = _laid_in_class(type(past_key_values))  # type: ignore[arg-type]
+    past_key_values.__class__ = _putting_class(type(past_key_values))  # type: ignore[arg-type]
     return past_key_values
 
 
 @functools.cache
-def _laid_in_class(kind: type[Any]) -> type[Any]:
+def _putting_class(kind: type[Any]) -> type[Any]:
     def update(self: Any, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        waiting = vars(self)["_ptfix_laid_in"]
+        waiting = vars(self)["_ptfix_waiting"]
         if layer_idx in waiting:
             prefix_key, prefix_value, first, start, stop = waiting.pop(layer_idx)
             fed_to = start + key.shape[2]
@@ -300,7 +307,7 @@ def _laid_in_class(kind: type[Any]) -> type[Any]:
             if fed_to < stop:
                 waiting[layer_idx] = (prefix_key, prefix_value, first, fed_to, stop)
         if not waiting:
-            del vars(self)["_ptfix_laid_in"]
+            del vars(self)["_ptfix_waiting"]
             self.__class__ = kind
         return kind.update(self, key, value, layer_idx, *args, **kwargs)
 
@@ -344,7 +351,7 @@ def legacy_layout(base_model: Any) -> list[tuple[int, ...]] | None:
     return _legacy_layouts[base_model]
 
 
-def told_its_size(past_key_values: Any, positions: int, base_model: Any) -> Any:
+def with_known_length(past_key_values: Any, positions: int, base_model: Any) -> Any:
     """gemma2 on 4.42 reads Cache objects without saying so, and asks any for its full length, which a growing one
     does not have."""
     unsaid = is_cache(past_key_values) and not getattr(base_model, "_supports_cache_class", True)
@@ -369,7 +376,7 @@ def _replayable_class(kind: type) -> type:
     def update(self: Any, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         fresh = copy.copy(self)
         fresh.__class__ = kind
-        for name in ("layers", "key_cache", "value_cache", "_ptfix_laid_in"):
+        for name in ("layers", "key_cache", "value_cache", "_ptfix_waiting"):
             if isinstance(vars(self).get(name), list | dict):
                 held = copy.copy(vars(self)[name])
                 if name == "layers":
@@ -383,6 +390,8 @@ def _replayable_class(kind: type) -> type:
 def _legacy(prefix: KeyValues, layout: list[tuple[int, ...]]) -> Any:
     pairs = [pair for pair in prefix if pair is not None]
     batch, heads, tokens, dim = pairs[0][0].shape
+    if len(layout) == 1 and len(layout[0]) == 5:  # ctrl: one tensor [2, batch, heads, tokens, head dim]
+        return tuple(torch.stack(pair) for pair in pairs)
     if len(layout) == 1:  # one tensor [batch, tokens, 2 * head dim]: multi-query attention keeps key and value together
         return tuple(torch.cat((key[:, 0], value[:, 0]), dim=-1) for key, value in pairs)
     ranks = [len(shape) for shape in layout]

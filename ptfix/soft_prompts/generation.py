@@ -103,7 +103,7 @@ class _Turn:
             self.hidden = mask_length - given
         elif behind >= given:
             self.hidden = behind
-        if mask is not None and (not self.prompt.is_prefix or caches.can_lay_in(self.base)):
+        if mask is not None and (not self.prompt.is_prefix or caches.can_put_when_fed(self.base)):
             self.pads = padding.left_pads(mask)
             self.most_pads = 0 if self.pads is None else int(self.pads.max())
 
@@ -166,11 +166,11 @@ class _SoftPromptView:
             prefix = caches.prefix_of(prompt, len(input_ids))
             if turn.pads is not None or caches.wants_one_span(turn.base, stop):
                 pads = input_ids.new_zeros(len(input_ids)) if turn.pads is None else turn.pads
-                past_key_values = caches.lay_in(past_key_values, prefix, pads, turn.base)
+                past_key_values = caches.put_when_fed(past_key_values, prefix, pads, turn.base)
             else:
                 past_key_values = caches.fill(past_key_values, prefix, turn.base)
                 start = prompt.length
-            past_key_values = caches.told_its_size(past_key_values, stop, turn.base)
+            past_key_values = caches.with_known_length(past_key_values, stop, turn.base)
             if not kwargs.get("use_cache", True):
                 kwargs["use_cache"] = (
                     True  # else some models do not read the cache; this one is thrown away after the step
@@ -322,7 +322,7 @@ class _Text:
             if task_ids is not None:
                 task_ids = task_ids.repeat_interleave(rows // len(task_ids))  # as generate() expands for beams
             parts.insert(0, self.prompt.embeddings(rows, task_ids).to(dtype))
-        elif start < self.prompt.length or self.order is not None:  # laid in: what stands there is not read
+        elif start < self.prompt.length or self.order is not None:  # replaced when fed
             parts.insert(0, self.prompt.embed(self.placeholders[:, : self.prompt.length]))
         embeddings = torch.cat([part.to(dtype) for part in parts], dim=1)
         if self.order is not None:

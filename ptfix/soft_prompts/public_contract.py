@@ -2,8 +2,8 @@
 
 A soft prompt is keys and values in every layer: a prefix is stored as such, and one forward of a prompt's embeddings
 makes them. The base model generates for the ids ``[placeholders; ids]`` with a cache of the caller's own. That cache
-replaces the keys and values of the placeholders by those of the soft prompt (`caches.lay_in`), so the host sees an
-ordinary first turn: ``generate(ids, attention_mask=mask, past_key_values=cache)``. Whatever looks at ids (logits
+replaces the keys and values of the placeholders by those of the soft prompt (`caches.put_when_fed`), so the host sees
+an ordinary first turn: ``generate(ids, attention_mask=mask, past_key_values=cache)``. Whatever looks at ids (logits
 processors, stopping criteria, streamers, the caller) is given the real ones.
 
 No private method, no override and no view of the base model's class: what the host renames inside itself does not
@@ -302,7 +302,7 @@ class _Call:
             held = self._static_cache(stop + self._new_tokens(config))
         if held is None and self._draft() is not None:
             held = DynamicCache()  # laid out for no model: layers with a sliding window forget what a draft rolls back
-        return caches.lay_in(held, self._keys_and_values(), first, self.base)
+        return caches.put_when_fed(held, self._keys_and_values(), first, self.base)
 
     def _new_tokens(self, config: Any) -> int:
         """At most so many; without any length given, the hosts' default of 20."""

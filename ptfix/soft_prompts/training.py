@@ -151,7 +151,7 @@ def prefix_is_read(base: Any, kwargs: dict[str, Any], prompt: SoftPrompt) -> tup
         extra = prompt.length
         prefix = _feed_from_the_start(kwargs, prompt, base)
     # peft calls it past_key_values, also where a host no longer does.
-    kwargs[caches.keyword()] = caches.told_its_size(prefix, kwargs["attention_mask"].shape[1], base)
+    kwargs[caches.keyword()] = caches.with_known_length(prefix, kwargs["attention_mask"].shape[1], base)
     kwargs["use_cache"] = True  # some models skip the cache otherwise; what is added to it goes with the outputs
     return (_WithoutFirst(base, extra) if extra else base), kwargs
 
@@ -192,7 +192,7 @@ def _feed_from_the_start(kwargs: dict[str, Any], prompt: SoftPrompt, base: Any) 
     if kwargs.get("cache_position") is not None:
         kwargs["cache_position"] = torch.arange(length, device=fed.device)
     first = torch.zeros(batch, dtype=torch.long, device=fed.device)
-    return caches.lay_in(None, prompt.key_values(batch), first, base)
+    return caches.put_when_fed(None, prompt.key_values(batch), first, base)
 
 
 def _fed(kwargs: dict[str, Any]) -> torch.Tensor:

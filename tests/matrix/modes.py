@@ -479,7 +479,7 @@ def hard_prompt(b: Bench) -> Pairs:
         if b.method == "prompt_tuning":
             encoder.embedding.weight.copy_(model.word_embeddings(prompt)[0])
         else:
-            encoder.embedding.weight.copy_(_prefix_weight(_keys_and_values(b.base, prompt)))
+            encoder.embedding.weight.copy_(prefix_weight(keys_and_values(b.base, prompt)))
     truth = torch.cat((prompt, b.ids), 1)
     for _ in range(NEW):
         with torch.no_grad():
@@ -489,7 +489,7 @@ def hard_prompt(b: Bench) -> Pairs:
     return [(got, truth[:, prompt.shape[1] :])]
 
 
-def _keys_and_values(base: Any, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def keys_and_values(base: Any, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     # By generate(), since some releases make a gemma cache nowhere else.
     cache = caches.of(
         base.generate(
@@ -508,14 +508,18 @@ def _keys_and_values(base: Any, ids: torch.Tensor) -> list[tuple[torch.Tensor, t
         keep = ids.shape[1]
         return [(k[..., :keep, :], v[..., :keep, :]) for k, v in zip(cache.key_cache, cache.value_cache, strict=True)]
     pairs = []
-    for key, value in cache:
+    for layer in cache:
+        if isinstance(layer, torch.Tensor) and layer.dim() == 3:  # gpt_bigcode: key and value of its one head together
+            pairs.append(tuple(part.unsqueeze(1) for part in layer.chunk(2, -1)))
+            continue
+        key, value = layer
         if key.dim() == 3:  # bloom up to 4.43: [heads, dim, tokens] and [heads, tokens, dim]
             key, value = key.transpose(1, 2)[None], value[None]
         pairs.append((key, value))
     return pairs
 
 
-def _prefix_weight(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+def prefix_weight(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     """Keys and values as PrefixEncoder stores them: ``[tokens, layers * 2 * heads * dim]``."""
     flat = torch.stack([part[0] for pair in pairs for part in pair])  # [layers * 2, heads, tokens, dim]
     return flat.permute(2, 0, 1, 3).reshape(flat.shape[2], -1)

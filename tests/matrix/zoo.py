@@ -106,8 +106,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "mamba_head_dim": 16,
         "moe_shared_expert_intermediate_size": HIDDEN,
     },
-    "qwen2_5_vl": {"text_config": _MROPE, "vision_config": {**_SMALL_VISION, "hidden_size": 16}},
-    "qwen2_vl": {"text_config": _MROPE, "vision_config": {**_SMALL_VISION, "hidden_size": HIDDEN}},
+    "qwen2_5_vl": {"text_config": _MROPE, "vision_config": _SMALL_VISION},
+    "qwen2_vl": {"text_config": _MROPE, "vision_config": _SMALL_VISION},
     "qwen3_vl": {"text_config": {}, "vision_config": _SMALL_VISION},
     "glm4v": {"text_config": _MROPE, "vision_config": _SMALL_VISION},
     "qwen3_5": {"text_config": _LINEAR},
@@ -133,7 +133,7 @@ WELL_KNOWN = frozenset(
 
 #: What peft does not find in these configs and its users give by hand.
 _BY_HAND = {"num_layers": 2, "num_attention_heads": HEADS, "token_dim": HIDDEN}
-_WITHOUT_SIZES = ("mpt", "xglm", "rwkv", "falcon_mamba")
+_WITHOUT_SIZES = ("mpt", "xglm", "rwkv", "mamba", "falcon_mamba")
 
 
 def adapter_sizes(architecture: str, method: str) -> dict[str, int]:

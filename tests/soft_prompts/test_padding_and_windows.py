@@ -56,7 +56,7 @@ def test_positions_given_by_the_user_go_with_their_tokens(bench: modes.Bench) ->
         assert sequence[-1] == bench.logits(row).argmax()
 
 
-def test_a_second_turn_reads_what_the_first_laid_in(bench: modes.Bench) -> None:
+def test_a_second_turn_reads_the_prefix_that_the_first_put_behind_padding(bench: modes.Bench) -> None:
     if modes.judge("multi_turn", modes.bare("gemma2")) != "exact":
         pytest.skip("this release cannot continue gemma2's cache")
     ids, mask, rows = modes.left_padded(bench)
