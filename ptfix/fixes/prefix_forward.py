@@ -30,7 +30,7 @@ def _is_ours(peft_model: Any) -> bool:
 
     if training.is_traced() or not adapter.has_prefix(peft_model):  # a graph stays the host's own, without a break
         return False
-    return _full_attention_fails() or caches.alternates_windows(peft_model.base_model)
+    return _full_attention_fails() or caches.names_window_layers(peft_model.base_model)
 
 
 def _wrap_get_prompt(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -237,11 +237,12 @@ def window(base_model: Any) -> int | None:
     return getattr(text_config(base_model), "sliding_window", None)
 
 
-def alternates_windows(base_model: Any) -> bool:
-    """Have some of its layers a sliding window, and others none, so that its cache is made of two kinds of layers?"""
+def names_window_layers(base_model: Any) -> bool:
+    """Does its config say of each layer whether it has a sliding window (gemma2, gemma3), so that its cache has layers
+    of two kinds?"""
     config = text_config(base_model)
-    kinds = set(getattr(config, "layer_types", None) or ())
-    return len(kinds) > 1 or getattr(config, "cache_implementation", None) == "hybrid"
+    kinds = getattr(config, "layer_types", None) or ()
+    return any("sliding" in kind for kind in kinds) or getattr(config, "cache_implementation", None) == "hybrid"
 
 
 def can_put_when_fed(base_model: Any) -> bool:
