@@ -28,13 +28,14 @@ _VIRTUAL_TOKENS = 2
 def aside() -> Iterator[None]:
     """The same conditions whatever the caller's are; nothing of the caller's or of another thread's is touched.
 
-    Each of these acts on the current thread alone. The default dtype belongs to the process, so models are cast.
+    Each of these acts on the current thread alone. The default dtype belongs to the process, so it stays as it is.
     """
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
         _on_cpu(),
+        _as_float32(),
         _silence(),
     ):
         yield
@@ -44,6 +45,24 @@ def _on_cpu() -> Any:
     """New tensors are on the cpu. Nothing where they are already, since such a mode slows every call down."""
     default = getattr(torch, "get_default_device", lambda: None)()  # since torch 2.3
     return nullcontext() if default == torch.device("cpu") else torch.device("cpu")
+
+
+def _as_float32() -> Any:
+    """New tensors are float32, whatever the process's default is."""
+    return nullcontext() if torch.get_default_dtype() is torch.float32 else _Float32()
+
+
+class _Float32(TorchFunctionMode):  # type: ignore[misc]
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        # Up to 4.37 hosts fill masks with the least float32, which bfloat16 cannot hold.
+        filled = name == "full" and isinstance(kwargs.get("fill_value", args[-1]), float)
+        if (filled or name in ("empty", "zeros", "ones")) and kwargs.get("dtype") is None:
+            kwargs = {**kwargs, "dtype": torch.float32}
+        return func(*args, **kwargs)
 
 
 class _PrivateRandom(TorchFunctionMode):  # type: ignore[misc]

@@ -47,6 +47,11 @@ drifted = renamed(f"self.{maker}(", f"GenerationMixin.{maker}(self, ")
 def test_a_drifted_release_is_not_said_to_be_mended(drift: str) -> None:
     """Either the way that does not mend is said to, or another way is taken and the probe agrees."""
     code = """
+import os
+if not drifted:
+    print("this release has no such name")
+    raise SystemExit
+os.environ["PTFIX_DISABLE"] = "first-use-check"  # which wraps generate() too
 import ptfix
 from ptfix.soft_prompts import probes
 import peft
@@ -64,7 +69,7 @@ else:
         assert "with the fix on, " in str(error)
     else:
         raise AssertionError("strict did not raise")
-print("done" if drifted else "this release has no such name")
+print("done")
 """
     said = run(DRIFT + drift + code).splitlines()[-1]
     if said != "done":
