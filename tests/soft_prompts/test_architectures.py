@@ -71,9 +71,21 @@ def test_positions_that_start_at_one() -> None:
             (padded[-row.shape[1] :] - bench.model(input_ids=row, attention_mask=modes.ones(row)).logits[0]).abs().max()
             for padded, row in zip(logits, rows, strict=True)
         ]
-    if off[0] > 1e-4:
-        pytest.skip("this release reads a row without padding otherwise beside a padded one")
+    if off[0] > 1e-4 or not continues_padded_rows(bench.base, rows[1]):
+        pytest.skip("the base model alone reads a padded row behind a cache otherwise than the row alone")
     assert off[1] < 1e-4
+
+
+def continues_padded_rows(base: Any, row: torch.Tensor) -> bool:
+    """Does padding behind a row change nothing of it where a KV cache stands in front?"""
+    answers = []
+    for text in (row, torch.nn.functional.pad(row, (0, 4))):
+        mask = torch.cat((modes.ones(modes.hard_tokens()), (text != 0).long()), 1)
+        with torch.no_grad():
+            held = caches.of(base(input_ids=modes.hard_tokens(), use_cache=True))
+            logits = base(input_ids=text, attention_mask=mask, **{caches.keyword(): held}).logits
+        answers.append(logits[0, : row.shape[1]])
+    return torch.allclose(*answers, atol=1e-4)
 
 
 @pytest.fixture
