@@ -124,6 +124,8 @@ def pictured() -> tuple[Any, dict[str, torch.Tensor], torch.Tensor]:
     config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
     base = models.sharpen(transformers.Qwen2_5_VLForConditionalGeneration(config), 0).eval()
     base.generation_config.eos_token_id = None
+    if not models.accepts(base.forward, "mm_token_type_ids"):
+        pytest.skip("this release has no training forward of embeddings without a mask: stock raises too")
     ids = torch.cat((torch.tensor([[3, 58, 60, 60, 60, 60, 59]]), torch.arange(5, 14)[None]), 1)
     image = {
         "pixel_values": torch.randn(16, 96, generator=torch.Generator().manual_seed(3)),
