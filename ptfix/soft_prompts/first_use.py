@@ -244,7 +244,7 @@ class _Batch:
 
     @staticmethod
     def of(given: dict[str, Any]) -> _Batch | None:
-        """None where there is no text, or none that could be told from its padding."""
+        """None where there is no text, or its padding is not known."""
         name = "input_ids" if given.get("inputs_embeds") is None else "inputs_embeds"
         text, mask, token_types = given.get(name), given.get("attention_mask"), given.get("token_type_ids")
         if not isinstance(text, torch.Tensor) or text.dim() != (2 if name == "input_ids" else 3) or 0 in text.shape:

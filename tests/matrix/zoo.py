@@ -137,7 +137,7 @@ _WITHOUT_SIZES = ("mpt", "xglm", "rwkv", "mamba", "falcon_mamba")
 
 
 def adapter_sizes(architecture: str, method: str) -> dict[str, int]:
-    """What peft must be told to make an adapter of `method`; empty for most."""
+    """The sizes that peft does not find itself for an adapter of `method`; empty for most."""
     if architecture in _WITHOUT_SIZES:
         return _BY_HAND
     if architecture == "falcon" and method.startswith("prefix"):  # one key for all heads
