@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer
 
 import ptfix
+from ptfix import models
 from ptfix.callbacks.soft_prompt import SoftPromptCallback, SoftPromptError
 from ptfix.soft_prompts import check, reference
 from tests.matrix.models import VOCAB, base_model, wrap
@@ -189,7 +190,7 @@ def test_a_model_s_own_settings_are_no_fault() -> None:
     """A repetition penalty and an early eos change what generate() says, not whether it is right."""
     ptfix.apply()
     model = prompted()
-    ids, _ = reference.greedy(model, check.any_row(model.base_model, seed=0), 1)
+    ids, _ = reference.greedy(model, models.any_row(model.base_model, seed=0), 1)
     model.base_model.generation_config.repetition_penalty = 5.0
     model.base_model.generation_config.eos_token_id = int(ids[0, -1])
     assert check.check(model).good
@@ -203,7 +204,7 @@ def test_a_prompt_that_changes_logits_but_no_token_acts() -> None:
     def says(asked: Any, row: torch.Tensor) -> int:
         return int(reference.greedy(asked, row, 1)[0][0, -1])
 
-    rows = (check.any_row(model.base_model, seed, tokens=24) for seed in range(200))
+    rows = (models.any_row(model.base_model, seed, tokens=24) for seed in range(200))
     row = next(row for row in rows if says(model, row) == says(model.base_model, row))
     result = check.check(model, row, new_tokens=1)
     assert result.good
@@ -247,7 +248,7 @@ def test_wrapped_models_are_looked_into() -> None:
 
     ptfix.apply()
     model = prompted()
-    assert check.unwrap(Wrapper(model)) is model
+    assert models.unwrap(Wrapper(model)) is model
     assert check.check(Wrapper(model)).good
 
 

@@ -9,9 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ptfix import models
+from ptfix import errors, models
 from ptfix.callbacks.problems import OnProblem, Problems
-from ptfix.callbacks.running import stop_tokens
 from ptfix.chat_templates import choosing, files, parity, readers, saving
 
 logger = logging.getLogger("ptfix")
@@ -129,7 +128,7 @@ class ChatTemplateCallback(TrainerCallback):  # type: ignore[misc]  # the hosts 
                 except ChatTemplateError:
                     raise
                 except Exception as error:  # nobody shall believe that the batch was found good
-                    self._problems.tell(f"the first batch could not be checked: {type(error).__name__}: {error}")
+                    self._problems.tell(f"the first batch could not be checked: {errors.one_line(error)}")
 
         handle = model.register_forward_pre_hook(look, with_kwargs=True)
 
@@ -138,7 +137,7 @@ class ChatTemplateCallback(TrainerCallback):  # type: ignore[misc]  # the hosts 
         prompt = choosing.judge(template, tokens).generation_prompt if template is not None else None
         tokenizer = saving.tokenizer_of(self._saver)
         config = getattr(model, "generation_config", None)
-        stops = stop_tokens(model, tokenizer)
+        stops = models.stop_tokens(model, tokenizer)
         found = [parity.judge(*row, tokenizer, prompt, stops) for row in _rows(batch)]
         if all(each.problems for each in found):  # a row that is cut, or packed, may be odd where the run is right
             for problem in found[0].problems:
@@ -160,19 +159,14 @@ class ChatTemplateCallback(TrainerCallback):  # type: ignore[misc]  # the hosts 
             question, chat_template=chosen.default, add_generation_prompt=True, tokenize=False
         )
         ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]], device=model.device)
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                out = model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=self.smoke_tokens,
-                    do_sample=False,
-                    pad_token_id=tokenizer.pad_token_id or 0,
-                )
-        finally:
-            model.train(was_training)
+        with models.evaluating(model):
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=self.smoke_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id or 0,
+            )
         answer = out[0, ids.shape[1] :].tolist()
         if not tokenizer.decode(answer, skip_special_tokens=True).strip():
             self._problems.tell(
@@ -200,9 +194,8 @@ def _collators(dataloader: Any) -> Any:
 
 def _base_of(model: Any) -> str | None:
     """The base model's folder or hub name, of an adapter's config first."""
-    while hasattr(model, "module"):
-        model = model.module
-    for config in getattr(model, "peft_config", {}).values() if model is not None else ():
+    model = models.unwrap(model)
+    for config in getattr(model, "peft_config", {}).values():
         if config.base_model_name_or_path:
             return str(config.base_model_name_or_path)
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None

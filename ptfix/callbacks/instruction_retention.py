@@ -11,11 +11,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ptfix import models
-from ptfix.callbacks.running import stop_tokens, trainer_of
+from ptfix import errors, models
+from ptfix.callbacks.running import trainer_of
 from ptfix.chat_templates import saving
 from ptfix.sequence_length import retention
-from ptfix.soft_prompts import check
 
 logger = logging.getLogger("ptfix")
 
@@ -72,10 +71,10 @@ class InstructionRetentionCallback(TrainerCallback):  # type: ignore[misc]  # th
             logger.warning("instruction retention is not measured: each process holds only a part of the weights.")
             return
         try:
-            self._memories = self._remembered(check.unwrap(kwargs["model"]), args, state, kwargs)
+            self._memories = self._remembered(models.unwrap(kwargs["model"]), args, state, kwargs)
         except Exception as error:  # the training must not be lost; but nobody shall believe that it is watched
             self._memories = []
-            logger.warning("instruction retention is not measured: %s", check.told(error))
+            logger.warning("instruction retention is not measured: %s", errors.one_line(error))
         self._compare(state, kwargs)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -104,12 +103,12 @@ class InstructionRetentionCallback(TrainerCallback):  # type: ignore[misc]  # th
         prompts = [_prompt(instruction, tokenizer) for instruction in self.instructions]
         plain = None if tokenizer is None else saving.tokenizer_of(tokenizer)
         if self.base is not None:
-            stops = stop_tokens(self.base, plain)
+            stops = models.stop_tokens(self.base, plain)
             self._told = retention.remember(self.base, prompts, self.new_tokens, self.top, stops)
             self.base = None
             return self._told
-        with retention.quiet(model), model.disable_adapter() if adapted else contextlib.nullcontext():
-            memories = retention.remember(model, prompts, self.new_tokens, self.top, stop_tokens(model, plain))
+        with models.undisturbed(model), model.disable_adapter() if adapted else contextlib.nullcontext():
+            memories = retention.remember(model, prompts, self.new_tokens, self.top, models.stop_tokens(model, plain))
         if args.should_save and not adapted:
             retention.save(memories, kept)
         return memories
@@ -118,7 +117,7 @@ class InstructionRetentionCallback(TrainerCallback):  # type: ignore[misc]  # th
         if not self._memories or self._compared_at == state.global_step:
             return
         self._compared_at = state.global_step
-        found = retention.compare(check.unwrap(given["model"]), self._memories)
+        found = retention.compare(models.unwrap(given["model"]), self._memories)
         trainer_of(self).log({f"retention_{name}": value for name, value in asdict(found).items()})
         above = self.alert_kl is not None and not found.kl <= self.alert_kl
         if above and not self._alerted:

@@ -1,4 +1,4 @@
-"""What a TrainerCallback needs and is not given: the Trainer that is calling it, and where an answer ends."""
+"""What a TrainerCallback needs and is not given: the Trainer that is calling it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,3 @@ def trainer_of(callback: Any) -> Any:
     raise RuntimeError(
         f"{type(callback).__name__} works inside a transformers.Trainer only: Trainer(..., callbacks=[...])."
     )
-
-
-def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The token ids that end an answer: those of the model's generation config, else the tokenizer's (may be None)."""
-    config = getattr(model, "generation_config", None)
-    return _listed(getattr(config, "eos_token_id", None)) or _listed(getattr(tokenizer, "eos_token_id", None))
-
-
-def _listed(ids: Any) -> list[int]:
-    return [] if ids is None else [int(token) for token in (ids if isinstance(ids, list | tuple) else [ids])]

@@ -8,11 +8,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ptfix import models
+from ptfix import errors, models
 from ptfix.callbacks.problems import OnProblem, Problems
 from ptfix.chat_templates import choosing
 from ptfix.sequence_length import context, judgement, parity, rows
-from ptfix.soft_prompts import adapter, check
+from ptfix.soft_prompts import adapter
 
 logger = logging.getLogger("ptfix")
 
@@ -57,12 +57,12 @@ class SequenceLengthGuardCallback(TrainerCallback):  # type: ignore[misc]  # the
         config = getattr(model, "config", None)
         if model is None or not hasattr(config, "to_dict") or getattr(config, "is_encoder_decoder", False):
             return
-        model = check.unwrap(model)
+        model = models.unwrap(model)
         try:
             plan = self._plan(args, model, kwargs.get("train_dataloader"))
             found = judgement.judge(plan)
         except Exception as error:  # a config of a kind of its own; nobody shall believe that it was found good
-            self._warn(state, [f"the sequence length could not be checked: {type(error).__name__}: {error}"])
+            self._warn(state, [f"the sequence length could not be checked: {errors.one_line(error)}"])
             return
         if found.errors:  # in every process, or the others would wait for this one
             raise SequenceLengthError("; ".join(found.errors))

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ptfix import models
+from ptfix import errors, models
 from ptfix.callbacks.problems import OnProblem, Problems
 
 logger = logging.getLogger("ptfix")
@@ -75,7 +75,7 @@ class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]  # the hosts ar
             if self._problems.raises:
                 raise
             # The training is done and must not be lost; but nobody shall believe that the prompt was found good.
-            problem = f"the soft prompt could not be checked: {type(error).__name__}: {error}"
+            problem = f"the soft prompt could not be checked: {errors.one_line(error)}"
         if problem is not None:
             self._problems.tell(problem)
 
@@ -86,7 +86,7 @@ class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]  # the hosts ar
 
         rows = self.rows
         if rows is None:
-            with check.undisturbed(model):  # a data set may draw random numbers
+            with models.undisturbed_randomness():  # a data set may draw random numbers
                 rows = [_first_row(dataloader, model.base_model)]
         for row in rows:
             ids = torch.tensor([list(row)]) if row else None
@@ -101,10 +101,9 @@ def _soft_prompted(model: Any) -> Any:
     peft = sys.modules.get("peft")
     if peft is None or model is None:
         return None
-    from ptfix.soft_prompts import adapter, check
+    from ptfix.soft_prompts import adapter
 
-    model = check.unwrap(model)
-    model = check.unwrap(getattr(model, "_fsdp_wrapped_module", model))
+    model = models.unwrap(model)
     return model if isinstance(model, peft.PeftModelForCausalLM) and adapter.has_soft_prompt(model) else None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ptfix
-from ptfix import hosts
+from ptfix import errors, hosts
 from ptfix.cli import UsageError
 
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -56,7 +56,7 @@ def examine(folder: Path, base_name: str | None) -> dict[str, Any]:
     try:
         result = check.check(model)
     except Exception as error:
-        sentence = f"the adapter's own training forward raises {check.told(error)}"
+        sentence = f"the adapter's own training forward raises {errors.one_line(error)}"
         return {**findings, "good": False, "acts": None, "sentence": sentence, "modes": []}
     outcomes = survey.survey(model)
     return {
@@ -105,7 +105,7 @@ def _load(folder: Path, base_name: str | None) -> Any:
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:
-        raise UsageError(f"this peft cannot read {folder / 'adapter_config.json'}: {check.told(error)}") from error
+        raise UsageError(f"this peft cannot read {folder / 'adapter_config.json'}: {errors.one_line(error)}") from error
     # The saved weights are the prompt; what it started from may be gone, or a tokenizer with code of its own.
     if hasattr(config, "prompt_tuning_init"):
         config.prompt_tuning_init = "RANDOM"
@@ -115,7 +115,8 @@ def _load(folder: Path, base_name: str | None) -> Any:
         base = AutoModelForCausalLM.from_pretrained(base_name, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise UsageError(
-            f"the base model {base_name} cannot be loaded from this machine ({check.told(error)}): pass --base MODEL"
+            f"the base model {base_name} cannot be loaded from this machine ({errors.one_line(error)}): "
+            "pass --base MODEL"
         ) from error
     misfit = check.misfit(config, base, text=survey.room()) or _too_many_words(folder, base)
     if misfit:
@@ -123,7 +124,7 @@ def _load(folder: Path, base_name: str | None) -> Any:
     try:
         return PeftModel.from_pretrained(base, str(folder), config=config).eval()
     except Exception as error:
-        raise UsageError(f"the weights in {folder} cannot be loaded: {check.told(error)}") from error
+        raise UsageError(f"the weights in {folder} cannot be loaded: {errors.one_line(error)}") from error
 
 
 def _too_many_words(folder: Path, base: Any) -> str | None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from ptfix import errors
 from ptfix.demo import training
-from ptfix.soft_prompts import caches, check, reference
+from ptfix.soft_prompts import caches, reference
 
 NEW_TOKENS = 28
 #: Stands in a batch beside a short one, which is padded to this length.
@@ -110,4 +111,4 @@ def ask(way: Callable[[Any, Talk], Answer], model: Any, talk: Talk) -> Answer | 
     try:
         return way(model, talk)
     except Exception as error:  # whatever the host raises is the outcome
-        return f"raises {check.told(error)}"
+        return f"raises {errors.one_line(error)}"

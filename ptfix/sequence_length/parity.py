@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from ptfix.sequence_length.rows import undisturbed_randomness
+from ptfix import errors, models
 
 #: New tokens generated across the boundary, and positions whose logits are compared.
 _STEPS = 4
@@ -63,11 +63,11 @@ def probe(
         ]
     if not probes:
         return found
-    with undisturbed(model):
+    with deterministic(model):
         try:
             pace = _Pace(asked, min(64, boundary or 64), boundary, seconds)
         except Exception as error:
-            found.skipped.append(f"the sequence length was not probed: {_told(error)}")
+            found.skipped.append(f"the sequence length was not probed: {errors.one_line(error)}")
             return found
         left, dear, cost = seconds, [], 0.0
         for name, tokens, longest, look in probes:
@@ -78,10 +78,10 @@ def probe(
                 continue
             start = time.monotonic()
             try:
-                with undisturbed(model):
+                with deterministic(model):
                     problem = look()
             except Exception as error:  # out of memory, say: nobody shall believe that the model was found good
-                found.skipped.append(f"not probed: {name}. {_told(error)}")
+                found.skipped.append(f"not probed: {name}. {errors.one_line(error)}")
             else:
                 if problem is not None:
                     found.problems.append(problem)
@@ -94,51 +94,11 @@ def probe(
     return found
 
 
-def _told(error: Exception) -> str:
-    """An exception in one line."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:160]}"
-
-
 @contextmanager
-def undisturbed(model: Any) -> Iterator[None]:
-    """No dropout and no gradients inside; modes, random states, buffers and attributes as before afterwards.
-
-    Rope that depends on what was fed keeps its state in buffers and plain attributes, so all of these are put back.
-    """
-    import torch
-
-    modules = list(model.modules())
-    attributes = [_state(module) for module in modules]
-    buffers = [{name: (one, one.clone()) for name, one in m._buffers.items() if one is not None} for m in modules]
-    # Not inference_mode: a buffer made under it could not take part in training.
-    with undisturbed_randomness(), torch.no_grad(), _without_dropout():
-        try:
-            yield
-        finally:
-            for module, state, kept in zip(modules, attributes, buffers, strict=True):
-                for name in _state(module).keys() - state.keys():
-                    del module.__dict__[name]
-                for name, (value, content) in state.items():
-                    module.__dict__[name] = value
-                    if content is not None and list(map(id, value)) != list(map(id, content)):
-                        value[:] = content
-                for name in module._buffers.keys() - kept.keys():
-                    module._buffers[name] = None
-                for name, (buffer, copy) in kept.items():
-                    module._buffers[name] = buffer
-                    if not torch.equal(buffer, copy):
-                        buffer.copy_(copy)
-
-
-def _state(module: Any) -> dict[str, tuple[Any, list[Any] | None]]:
-    """A module's plain attributes; of a list also what is in it, since lists are changed in place."""
-    held = ("_parameters", "_buffers", "_modules")
-    return {
-        name: (value, list(value) if isinstance(value, list) else None)
-        for name, value in vars(module).items()
-        if name not in held
-    }
+def deterministic(model: Any) -> Iterator[None]:
+    """`models.undisturbed`, and no dropout inside, also in training mode."""
+    with models.undisturbed(model), _without_dropout():
+        yield
 
 
 def _without_dropout() -> Any:
@@ -176,14 +136,12 @@ class _Asked:
         """``[1, length]``: what the training row begins with, and any tokens after it."""
         import torch
 
-        words = self.model.get_input_embeddings().weight
-        generator = torch.Generator().manual_seed(0)
-        size = words.shape[0]
-        made = torch.randint(size // 8, size, (1, length), generator=generator)
+        row = models.any_row(self.model, seed=0, tokens=length)
+        size = self.model.get_input_embeddings().weight.shape[0]
         given = [token for token in self.ids[:length] if 0 <= token < size]
         if len(given) == min(length, len(self.ids)):
-            made[0, : len(given)] = torch.tensor(given, dtype=made.dtype)
-        return made.to(words.device)
+            row[0, : len(given)] = torch.tensor(given, dtype=row.dtype)
+        return row
 
     def logits(self, ids: Any, last: int = _STEPS, mask: Any = None, end: int | None = None) -> Any:
         """Float logits of the `last` positions before `end` of the first row.
@@ -204,27 +162,9 @@ class _Asked:
         self.logits(ids)
         return (time.monotonic() - start) / tokens
 
-    @property
-    def noise(self) -> float:
-        """How far apart logits may be that one and the same computation gives twice, as a part of their size."""
-        return max(1e-5, self._epsilon)
-
-    @property
-    def tolerance(self) -> float:
-        """How far apart two ways to the same logits (with a cache, in a batch) may be, as a part of their size."""
-        return max(1e-3, 8 * self._epsilon)
-
-    @property
-    def _epsilon(self) -> float:
-        import torch
-
-        # Quantised weights are no floating point numbers and not finer than the coarsest of these.
-        dtypes = {p.dtype if p.dtype.is_floating_point else torch.bfloat16 for p in self.model.parameters()}
-        return max(float(torch.finfo(dtype).eps) for dtype in dtypes)
-
     def differ(self, ours: Any, theirs: Any, control: float = 0.0) -> bool:
         """Is the difference more than rounding, and much more than the control's?"""
-        return distance(ours, theirs) > max(self.tolerance, 4 * control)
+        return models.distance(ours, theirs) > max(models.tolerance(self.model), 4 * control)
 
 
 class _Pace:
@@ -242,11 +182,6 @@ class _Pace:
         return tokens * (self.at_short + self.slope * max(0, longest - self.short))
 
 
-def distance(ours: Any, theirs: Any) -> float:
-    """The largest difference of two logits, as a part of their size."""
-    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))
-
-
 def _agreement(ours: Any, theirs: Any) -> float:
     """The share of positions where both say the same token."""
     return float((ours.argmax(-1) == theirs.argmax(-1)).float().mean())
@@ -260,11 +195,11 @@ def _modes(asked: _Asked, boundary: int) -> str | None:
         return [asked.logits(ids, 64) for _ in map(asked.model.train, (True, False))]
 
     train, evaluate = both(boundary)
-    control = distance(train, evaluate)
-    if control > asked.tolerance:
+    control = models.distance(train, evaluate)
+    if control > models.tolerance(asked.model):
         return None  # they differ anyway: a matter of something else, such as a router's noise
     train, evaluate = both(boundary + 1)
-    if distance(train, evaluate) <= max(asked.noise, 4 * control):
+    if models.distance(train, evaluate) <= max(models.noise(asked.model), 4 * control):
         return None
     return (
         f"beyond {boundary} tokens the model computes otherwise in training than in inference (of the last "
@@ -280,7 +215,7 @@ def _company(asked: _Asked, boundary: int) -> str | None:
     asked.model.eval()
     short = asked.row(min(_SHORT, boundary))
     alone = asked.logits(short)
-    control = distance(_beside(asked, short, boundary), alone)
+    control = models.distance(_beside(asked, short, boundary), alone)
     beside = _beside(asked, short, boundary + 1)
     after = asked.logits(short)
     found = []
@@ -342,13 +277,15 @@ def _cache(asked: _Asked, boundary: int) -> str | None:
             tokens.append(out.sequences[0, length:].tolist())
         told = 0.0
         for step in range(_STEPS):
-            told = max(told, distance(scores[0][step], scores[1][step]))
+            told = max(told, models.distance(scores[0][step], scores[1][step]))
             if tokens[0][step] != tokens[1][step]:
                 break  # they tell different stories from here on
         return told
 
     control = worst(min(_SHORT, max(1, boundary - _STEPS)))
-    if control > asked.tolerance or worst(max(1, boundary - 1)) <= max(asked.tolerance, 4 * control):
+    if control > models.tolerance(asked.model) or worst(max(1, boundary - 1)) <= max(
+        models.tolerance(asked.model), 4 * control
+    ):
         return None
     return (
         f"across {boundary} tokens generate() with the KV cache says otherwise than without it: keys in the cache keep "
@@ -385,7 +322,7 @@ def _rope_of(model: Any, own_config: Any) -> Iterator[bool]:
     """
     import torch
 
-    live_config = _text_config(model.config)
+    live_config = models.text_config(model.config)
     exchanged: list[tuple[Any, str, Any]] = []
     for parent in list(model.modules()):
         for name, module in list(parent._modules.items()):
@@ -394,7 +331,7 @@ def _rope_of(model: Any, own_config: Any) -> Iterator[bool]:
                 continue
             try:
                 twin = type(module)(config=live_config)
-                own = type(module)(config=_text_config(own_config))
+                own = type(module)(config=models.text_config(own_config))
             except Exception:  # of a release or a model with another constructor
                 continue
             if torch.allclose(twin.inv_freq.float(), frequencies.float().cpu(), rtol=1e-3):
@@ -405,7 +342,3 @@ def _rope_of(model: Any, own_config: Any) -> Iterator[bool]:
     finally:
         for parent, name, module in exchanged:
             parent._modules[name] = module
-
-
-def _text_config(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else getattr(config, "text_config", config)

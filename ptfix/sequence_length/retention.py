@@ -7,15 +7,13 @@ choice is still the base's, and how probable it finds the base's answers.
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptfix import whole_file
-from ptfix.sequence_length.rows import undisturbed_randomness
+from ptfix import models, whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +71,7 @@ def remember(
     """
     import torch
 
-    with quiet(model):
+    with models.undisturbed(model):
         rows = [[*prompt, *_answer(model, prompt, new_tokens, stops)] for prompt in prompts]
         memories = []
         for prompt, row, scores in zip(prompts, rows, _scores(model, rows), strict=True):
@@ -107,7 +105,7 @@ def compare(model: Any, memories: Sequence[Memory]) -> Kept:
     import torch
 
     divergences, same, surprises = [], [], []
-    with quiet(model):
+    with models.undisturbed(model):
         scores = _scores(model, [memory.prompt + memory.answer for memory in memories])
         for memory, row in zip(memories, scores, strict=True):
             now = torch.log_softmax(row[len(memory.prompt) - 1 : -1].double(), dim=-1)
@@ -146,25 +144,6 @@ def _scores(model: Any, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
     logits = model(input_ids=ids, attention_mask=mask).logits[:, -width:]  # virtual tokens of a soft prompt come first
     return [logits[number, : len(row)] for number, row in enumerate(rows)]
-
-
-@contextlib.contextmanager
-def quiet(model: Any) -> Iterator[None]:
-    """Eval mode and no gradients inside; modes, what is trained, and the random state as before afterwards."""
-    import torch
-
-    modes = [(module, module.training) for module in model.modules()]
-    # peft's disable_adapter() switches gradients of its parameters off and all of them on again.
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with undisturbed_randomness(), torch.no_grad():
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-            for parameter, requires_grad in trained:
-                parameter.requires_grad = requires_grad
 
 
 def save(memories: Sequence[Memory], path: Path) -> None:

@@ -7,13 +7,12 @@ with every random state put back, since a data set or a collator may draw.
 from __future__ import annotations
 
 import math
-import random
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from ptfix import models
 
 #: The label of a token that is not trained on, as every loss of transformers reads it.
 IGNORED = -100
@@ -79,7 +78,7 @@ def look(dataset: Any, collate: Any = None, seconds: float = 3.0, keep: int = 64
     """
     try:
         total = len(dataset)
-        with undisturbed_randomness():
+        with models.undisturbed_randomness():
             first = _row(dataset[0], collate, keep) if total else None
             if first is None:
                 return None
@@ -134,20 +133,3 @@ def _measured(row: dict[str, Any], keep: int) -> Row | None:
         width = max(positions) + 1
     masked = labels is not None and all(label == IGNORED for label in labels)
     return Row(length, width, masked, tuple(real[:keep]))
-
-
-@contextmanager
-def undisturbed_randomness() -> Iterator[None]:
-    """Every random state that training draws from is afterwards as before."""
-    import torch
-
-    numpy = sys.modules.get("numpy")
-    python, numbers = random.getstate(), numpy.random.get_state() if numpy is not None else None
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(numbers)

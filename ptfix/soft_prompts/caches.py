@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from ptfix import models
 from ptfix.soft_prompts import padding, views
 
 if TYPE_CHECKING:
@@ -236,13 +237,13 @@ def _caches_can_be_cropped() -> bool:
 
 def window(base_model: Any) -> int | None:
     """How many places some layer looks back, or None where all look back to the start."""
-    return getattr(text_config(base_model), "sliding_window", None)
+    return getattr(models.text_config(base_model.config), "sliding_window", None)
 
 
 def names_window_layers(base_model: Any) -> bool:
     """Does its config say of each layer whether it has a sliding window (gemma2, gemma3), so that its cache has layers
     of two kinds?"""
-    config = text_config(base_model)
+    config = models.text_config(base_model.config)
     kinds = getattr(config, "layer_types", None) or ()
     return any("sliding" in kind for kind in kinds) or getattr(config, "cache_implementation", None) == "hybrid"
 
@@ -256,7 +257,7 @@ def measures_places(base_model: Any) -> bool:
     """Do masked tokens between two parts of a text move them apart for this model (mpt's distances, gpt_neo's local
     windows), whatever their positions say?"""
     if base_model not in _measures_places:
-        gap = getattr(text_config(base_model), "window_size", None) or 4
+        gap = getattr(models.text_config(base_model.config), "window_size", None) or 4
         device = base_model.get_input_embeddings().weight.device
         text = torch.arange(1, 7, device=device)[None]
         apart = torch.cat((text[:, :3], text.new_zeros(1, gap), text[:, 3:]), dim=1)
@@ -355,14 +356,8 @@ def new(base_model: Any) -> Any:
     from transformers import DynamicCache
 
     if "config" in inspect.signature(DynamicCache.__init__).parameters:
-        return DynamicCache(config=text_config(base_model))
+        return DynamicCache(config=models.text_config(base_model.config))
     return DynamicCache()
-
-
-def text_config(base_model: Any) -> Any:
-    """The decoder's own config, also inside a multimodal one."""
-    config = base_model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else getattr(config, "text_config", config)
 
 
 def legacy_layout(base_model: Any) -> list[tuple[int, ...]] | None:

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from ptfix.soft_prompts import caches, reference
+from ptfix import errors, models
+from ptfix.soft_prompts import reference
 from ptfix.soft_prompts.adapter import SoftPrompt, active_config, has_soft_prompt
 
 #: What an adapter of many tasks is checked with.
@@ -53,18 +54,20 @@ def check(peft_model: Any, input_ids: torch.Tensor | None = None, new_tokens: in
         peft_model: with an active decoder-only soft prompt, also wrapped by DDP or torch.compile.
         input_ids: ``[1, tokens]`` without padding; None: a few tokens of the vocabulary.
     """
-    peft_model = unwrap(peft_model)
+    peft_model = models.unwrap(peft_model)
     asked = Asked(peft_model, new_tokens)
     base = peft_model.base_model
-    row = any_row(base, seed=0) if input_ids is None else input_ids.to(asked.device)
-    with undisturbed(peft_model):
+    row = models.any_row(base, seed=0) if input_ids is None else input_ids.to(asked.device)
+    with isolated(peft_model):
         ids, scores = asked.truth(row)
         plain = torch.cat([reference.last_logits(base, ids[:, :stop]) for stop in range(row.shape[1], ids.shape[1])])
-        acts = bool(_distance(scores, plain) > asked.noise)
+        acts = models.distance(plain, scores) > models.noise(base)
         try:
             answer = asked.generate(row)
         except Exception as error:  # whatever the host raises is the finding
-            return Check(acts, False, None, f"generate() raises {told(error)}; its training forward does not")
+            return Check(
+                acts, False, None, f"generate() raises {errors.one_line(error)}; its training forward does not"
+            )
         at = asked.first_difference(answer)
         # Nearer to the base than to the truth: also seen where a weak prompt hides in the tolerance of a coarse dtype.
         ignored = acts and answer.scores is not None and _nearer(answer.scores, plain, scores)
@@ -83,7 +86,7 @@ def misfit(config: Any, base: Any, text: int = 1) -> str | None:
         return "the base model is an encoder-decoder, which ptfix does not support"
     length = config.num_virtual_tokens
     if config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
-        layers = getattr(caches.text_config(base), "num_hidden_layers", None)
+        layers = getattr(models.text_config(base.config), "num_hidden_layers", None)
         if None not in (layers, config.num_layers) and layers != config.num_layers:
             return f"the adapter was made for {config.num_layers} layers, the base model has {layers}"
     else:
@@ -103,30 +106,9 @@ def hard_limit(base: Any) -> int | None:
     for name, module in base.named_modules():
         leaf = name.rpartition(".")[2]
         if isinstance(module, torch.nn.Embedding) and module is not words and (leaf == "wpe" or "position" in leaf):
-            limit = getattr(caches.text_config(base), "max_position_embeddings", None)
+            limit = getattr(models.text_config(base.config), "max_position_embeddings", None)
             return int(limit or module.num_embeddings)
     return None
-
-
-def any_row(base: Any, seed: int, tokens: int = 8) -> torch.Tensor:
-    """A row of the base model's vocabulary ``[1, tokens]``, always the same for a seed.
-
-    The check needs an input, not a meaning; so it needs no tokenizer.
-    """
-    words = base.get_input_embeddings().weight
-    vocabulary = min(words.shape[0], getattr(caches.text_config(base), "vocab_size", words.shape[0]))
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(vocabulary // 8, vocabulary, (1, tokens), generator=generator)  # special tokens come first
-    return ids.to(words.device)
-
-
-def unwrap(model: Any) -> Any:
-    """The model inside DistributedDataParallel and torch.compile."""
-    while True:
-        inner = model._modules.get("module") or model._modules.get("_orig_mod")
-        if inner is None:
-            return model
-        model = inner
 
 
 @dataclass(frozen=True)
@@ -158,25 +140,6 @@ class Asked:
     def device(self) -> torch.device:
         device: torch.device = self.base.get_input_embeddings().weight.device
         return device
-
-    @property
-    def noise(self) -> float:
-        """What rounding alone may do to logits, as a part of their size."""
-        return max(1e-5, 4 * self._epsilon)
-
-    @property
-    def tolerance(self) -> float:
-        """How far apart two ways to the same logits (with a cache, in a batch) may be, as a part of their size."""
-        return max(1e-3, 8 * self._epsilon)
-
-    @property
-    def _epsilon(self) -> float:
-        dtypes = {parameter.dtype for parameter in self.base.parameters()}
-        if torch.is_autocast_enabled(self.device.type):
-            dtypes.add(torch.get_autocast_dtype(self.device.type))
-        # Quantised weights are no floating point numbers and not finer than the coarsest of these.
-        epsilons = (torch.finfo(dtype if dtype.is_floating_point else torch.bfloat16).eps for dtype in dtypes)
-        return float(max(epsilons))
 
     def task_ids(self, rows: int = 1) -> dict[str, torch.Tensor]:
         """The argument that multitask prompt tuning cannot do without."""
@@ -226,7 +189,7 @@ class Asked:
         ids, scores = self.truth(answer.row, max(self.new_tokens, new_tokens))
         for step, token in enumerate(answer.tokens.tolist()):
             true, right = int(ids[0, answer.row.shape[1] + step]), scores[step]
-            near = self.tolerance * max(1.0, float(right.abs().max()))
+            near = models.tolerance(self.base) * float(right.abs().max())
             if answer.scores is not None and not float((answer.scores[step] - right).abs().max()) <= near:
                 return step
             if token != true:
@@ -249,8 +212,8 @@ def is_comparing() -> bool:
 
 
 @contextmanager
-def undisturbed(peft_model: Any) -> Iterator[None]:
-    """Eval mode, plain greedy settings and no autocast inside; all that and the random state as before afterwards.
+def isolated(peft_model: Any) -> Iterator[None]:
+    """`models.undisturbed`, with plain greedy settings and no autocast inside.
 
     The settings a model ships with (a repetition penalty, an eos) would make a right generate() look wrong. So would
     accelerate's autocast, which it hangs on forward() and not on generate().
@@ -258,34 +221,12 @@ def undisturbed(peft_model: Any) -> Iterator[None]:
     from transformers import GenerationConfig
 
     base = peft_model.base_model
-    # peft hands the settings on to the base model, and to its body.
-    owners = [peft_model, base, *([base.model] if isinstance(getattr(base, "model", None), torch.nn.Module) else [])]
-    settings = [vars(owner).get("generation_config") for owner in owners]
-    modes = [(module, module.training) for module in peft_model.modules()]
-    accelerated = vars(peft_model).get("forward") if "_original_forward" in vars(peft_model) else None
-    devices = {parameter.device for parameter in peft_model.parameters() if parameter.device.type == "cuda"}
-    with comparing(), torch.random.fork_rng(devices=[device.index or 0 for device in devices]):
-        try:
-            peft_model.eval()
-            if accelerated is not None:
-                peft_model.forward = peft_model._original_forward
-            base.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=0)
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-            if accelerated is not None:
-                peft_model.forward = accelerated
-            for owner, setting in zip(owners, settings, strict=True):
-                vars(owner).pop("generation_config", None)
-                if setting is not None:
-                    owner.generation_config = setting
-
-
-def told(error: BaseException) -> str:
-    """An exception in one line."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:160]}".rstrip(": ")
+    with comparing(), models.undisturbed(peft_model):
+        if "_original_forward" in vars(peft_model):
+            peft_model.forward = peft_model._original_forward
+        # peft hands the settings on to the base model's body.
+        base.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=0)
+        yield
 
 
 def describe(peft_model: Any) -> str:
@@ -295,11 +236,6 @@ def describe(peft_model: Any) -> str:
     return f"{method}, {prompt.length} virtual tokens"
 
 
-def _distance(scores: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """The largest difference of two scores ``[new, vocab]``, as a part of their size."""
-    return (scores - others).abs().max() / scores.abs().max().clamp(min=1.0)
-
-
 def _nearer(scores: torch.Tensor, plain: torch.Tensor, true: torch.Tensor) -> bool:
     """Are the scores nearer to the plain than to the true ones? At the first step, where all read the same text."""
-    return bool(_distance(scores[:1], plain[:1]) < _distance(scores[:1], true[:1]))
+    return models.distance(plain[:1], scores[:1]) < models.distance(true[:1], scores[:1])

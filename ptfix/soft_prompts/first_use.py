@@ -26,7 +26,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ptfix.models import is_sharded
+from ptfix import errors, models
 from ptfix.soft_prompts import caches, check, reference, views
 from ptfix.soft_prompts.adapter import active_config
 
@@ -125,7 +125,7 @@ def answer(surface: Surface, asked: Question, peft_model: Any, original: Callabl
         try:
             finding = _compared(surface, asked, peft_model, original)
         except Exception as error:  # the user's own call shall run, whatever becomes of the check
-            finding = Finding(f"{asked.what} could not be checked: {check.told(error)}", wrong=False)
+            finding = Finding(f"{asked.what} could not be checked: {errors.one_line(error)}", wrong=False)
     if finding is None:
         return None
     finding = replace(
@@ -144,7 +144,7 @@ def _compared(surface: Surface, asked: Question, peft_model: Any, original: Call
     base_call = getattr(twin.base_model, surface.base_method) if surface.base_method else None
     device = next(peft_model.parameters()).device.type
     with torch.no_grad(), _uncached_autocast(device):
-        tolerance = check.Asked(peft_model, 1).tolerance
+        tolerance = models.tolerance(peft_model.base_model)
         off = _apart(*asked.compare(twin, partial(original, twin)))
         if off <= tolerance:
             return None
@@ -176,8 +176,7 @@ def _apart(got: torch.Tensor, true: torch.Tensor) -> float:
         raise RuntimeError("the training forward gives no finite number")
     if not torch.equal(finite, got.isfinite()):
         return float("inf")
-    got, true = got[finite], true[finite]
-    return float((got - true).abs().max() / true.abs().max().clamp(min=1.0))
+    return models.distance(got[finite], true[finite])
 
 
 def _name(peft_model: Any) -> str:
@@ -188,7 +187,7 @@ def _name(peft_model: Any) -> str:
 
 
 def _raise_if_out_of_reach(peft_model: Any) -> None:
-    if is_sharded(None, peft_model):
+    if models.is_sharded(None, peft_model):
         raise RuntimeError("its weights are spread over processes, which would have to check together")
     if any(parameter.is_meta for parameter in peft_model.parameters()):
         raise RuntimeError("its weights are on the meta device")
@@ -379,7 +378,7 @@ def _generated(
     if not padded:
         row = _Row({**row.alone, "attention_mask": row.padded["attention_mask"][:, row.real]}, row.number)
     if not _has_soft_prompt(model):
-        row = row.behind(check.any_row(model, seed=0, tokens=virtual_tokens), model)
+        row = row.behind(models.any_row(model, seed=0, tokens=virtual_tokens), model)
     task_ids = row.task_ids(kwargs) if _has_soft_prompt(model) else {}
     options = {
         **more,
@@ -477,7 +476,7 @@ def _continued(
     model: Any, call: Callable[..., Any], kwargs: dict[str, Any], cache_name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of a text in two parts, the second one with the cache of the first, and of all of it at once."""
-    row = check.any_row(model, seed=0, tokens=6)
+    row = models.any_row(model, seed=0, tokens=6)
     task_ids = _Row({}).task_ids(kwargs) if _has_soft_prompt(model) else {}
     fixed, text = {**task_ids}, "input_ids"
     if _is_encoder_decoder(model):

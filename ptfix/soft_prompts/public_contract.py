@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from ptfix import models
 from ptfix.soft_prompts import caches, padding, probes, reference
 from ptfix.soft_prompts.adapter import KeyValues, SoftPrompt
 
@@ -313,7 +314,7 @@ class _Call:
 
         length = max(length, int(self.option("max_cache_len", 0)))
         known = {
-            "config": caches.text_config(self.base),
+            "config": models.text_config(self.base.config),
             "max_cache_len": length,
             "max_batch_size": self.rows,
             "device": self._text.device,
@@ -336,7 +337,7 @@ class _Call:
         batch = 1 if self.task_ids is None else len(self._text)
         embeds = self.prompt.embeddings(batch, self.task_ids).to(self._placeholders(1).dtype)
         recorded = self._recorded(embeds)
-        if sorted(recorded) != list(range(caches.text_config(self.base).num_hidden_layers)):
+        if sorted(recorded) != list(range(models.text_config(self.base.config).num_hidden_layers)):
             self.refuse("not every layer stores keys and values", "call eval() where the model is in training")
         times = self.rows // batch
         return [

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ptfix import models
+
 
 def greedy(
     peft_model: Any, input_ids: torch.Tensor, new_tokens: int, task_ids: torch.Tensor | None = None
@@ -41,11 +43,6 @@ def logits(peft_model: Any, last: int, **inputs: torch.Tensor) -> torch.Tensor:
     """Logits ``[last, vocab]`` of the last tokens of one row, from one training forward of `inputs`."""
     if any(len(inputs[name]) != 1 for name in ("input_ids", "inputs_embeds") if name in inputs):
         raise ValueError("the reference takes one unpadded row at a time.")
-    training = peft_model.training
-    peft_model.eval()
-    try:
-        with torch.no_grad():
-            found: torch.Tensor = peft_model(**inputs).logits
-    finally:
-        peft_model.train(training)
+    with models.evaluating(peft_model):
+        found: torch.Tensor = peft_model(**inputs).logits
     return found[0, -last:].float()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ptfix import errors, models
 from ptfix.soft_prompts import caches, check
 from ptfix.soft_prompts.adapter import SoftPrompt
 from ptfix.soft_prompts.check import Answer, Asked
@@ -42,10 +43,10 @@ class Outcome:
 
 def survey(peft_model: Any, new_tokens: int = 6) -> list[Outcome]:
     """Judge every mode. The model comes back as it was."""
-    peft_model = check.unwrap(peft_model)
+    peft_model = models.unwrap(peft_model)
     asked = _Asked(peft_model, new_tokens, length=SoftPrompt(peft_model).length)
     bare = _Asked(peft_model.base_model, new_tokens, length=asked.length)
-    with check.undisturbed(peft_model):
+    with check.isolated(peft_model):
         return [_judge(name, mode, asked, bare) for name, mode in MODES.items()]
 
 
@@ -72,7 +73,7 @@ def _ask(name: str, mode: Callable[[_Asked], list[Answer]], asked: _Asked) -> Ou
     except _Wrong as fault:
         return Outcome(name, WRONG, str(fault))
     except Exception as error:  # whatever the host raises is the outcome
-        return Outcome(name, RAISES, check.told(error))
+        return Outcome(name, RAISES, errors.one_line(error))
     differences = [(answer, asked.first_difference(answer)) for answer in answers]
     wrong = [(answer, at) for answer, at in differences if at is not None]
     if not wrong:
@@ -95,8 +96,8 @@ class _Asked(Asked):
     length: int = 0
 
     def row(self, tokens: int = 8) -> torch.Tensor:
-        ids = check.any_row(self.base, seed=1)[:, -tokens:]
-        return torch.cat((check.any_row(self.base, seed=2, tokens=self.length), ids), 1) if self.is_bare else ids
+        ids = models.any_row(self.base, seed=1)[:, -tokens:]
+        return torch.cat((models.any_row(self.base, seed=2, tokens=self.length), ids), 1) if self.is_bare else ids
 
     def padded(self) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
         """Two rows, and their left-padded ids and mask."""
@@ -150,7 +151,7 @@ def _second_turn(asked: _Asked) -> list[Answer]:
     cache = caches.of(first)
     if cache is None:
         raise NotImplementedError("this transformers returns no cache")
-    more = check.any_row(asked.base, seed=3, tokens=_TEXT - 8)
+    more = models.any_row(asked.base, seed=3, tokens=_TEXT - 8)
     both = torch.cat((first.sequences, more), 1)
     again = asked.generate(both, **{caches.keyword(): cache})
     return [Answer(row, first.sequences[0, row.shape[1] :]), again]
@@ -186,7 +187,10 @@ def _beam_search(asked: _Asked, beams: int = 3) -> list[Answer]:
     for token in found.tolist():
         reached += float(likelihoods(ids)[token])
         ids = longer(ids, token)
-    if len(found) != asked.new_tokens or not abs(reached - alive[0][0]) <= asked.tolerance * max(1.0, abs(reached)) * 2:
+    if (
+        len(found) != asked.new_tokens
+        or not abs(reached - alive[0][0]) <= models.tolerance(asked.base) * max(1.0, abs(reached)) * 2
+    ):
         raise _Wrong("finds another beam")
     return []
 

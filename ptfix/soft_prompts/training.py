@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from ptfix import models
 from ptfix.soft_prompts import caches, padding, views
 from ptfix.soft_prompts.adapter import SoftPrompt
 
@@ -238,7 +239,7 @@ def _with_replayable_caches(
 
 
 def _decoder_layers(base: Any) -> torch.nn.ModuleList:
-    depth = getattr(caches.text_config(base), "num_hidden_layers", None)
+    depth = getattr(models.text_config(base.config), "num_hidden_layers", None)
     for module in base.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
             return module

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback
 
 import ptfix
+from ptfix import models
 from ptfix.callbacks.instruction_retention import ANSWERS, InstructionRetentionCallback
 from ptfix.sequence_length import retention
 from tests.matrix.models import VOCAB, base_model, wrap
@@ -150,7 +151,7 @@ def test_asking_leaves_the_model_and_the_random_state_as_they_were() -> None:
     state = torch.get_rng_state()
     tracked = []
     model.register_forward_hook(lambda module, inputs, output: tracked.append(output.logits.requires_grad))
-    with retention.quiet(model), model.disable_adapter():
+    with models.undisturbed(model), model.disable_adapter():
         memories = retention.remember(model, PROMPTS, 3, 4)
     retention.compare(model, memories)
     assert before == (
