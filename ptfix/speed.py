@@ -193,7 +193,7 @@ def truth(model: Any, input_ids: torch.Tensor, new_tokens: int) -> Truth:
     """What a model says without generate(), cache or batch; `input_ids [rows, tokens]` without padding."""
     import torch
 
-    from ptfix.soft_prompts import reference
+    from ptfix.soft_prompts.proof import reference
 
     rows = [reference.greedy(model, row[None], new_tokens) for row in input_ids]
     ids = torch.cat([ids for ids, _ in rows])[:, input_ids.shape[1] :]

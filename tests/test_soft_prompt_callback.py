@@ -16,7 +16,7 @@ from transformers import Trainer
 import ptfix
 from ptfix import models
 from ptfix.callbacks.soft_prompt import SoftPromptCallback, SoftPromptError
-from ptfix.soft_prompts import check, reference
+from ptfix.soft_prompts.proof import check, reference
 from tests.matrix.models import VOCAB, base_model, wrap
 from tests.runs import arguments as arguments_of
 

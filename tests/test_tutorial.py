@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import ptfix
-from ptfix.soft_prompts import reference
+from ptfix.soft_prompts.proof import reference
 
 REVIEWS = {
     "the film was good": "positive : a good film",

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 
 import ptfix
 from ptfix import cli, hosts
-from ptfix.soft_prompts import reference, survey
+from ptfix.soft_prompts.proof import reference, survey
 from tests.matrix.models import METHODS, NotInThisPair, adapter_config, base_model, wrap
 
 

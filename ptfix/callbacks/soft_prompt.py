@@ -82,7 +82,7 @@ class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]  # the hosts ar
     def _problem(self, model: Any, dataloader: Any) -> str | None:
         import torch
 
-        from ptfix.soft_prompts import check
+        from ptfix.soft_prompts.proof import check
 
         rows = self.rows
         if rows is None:

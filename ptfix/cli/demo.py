@@ -22,7 +22,7 @@ from ptfix.demo import smollm2
 
 if TYPE_CHECKING:
     from ptfix.demo.talk import Answer, Talk
-    from ptfix.soft_prompts.survey import Outcome
+    from ptfix.soft_prompts.proof.survey import Outcome
 
 _VOICES = ("base", "stock", "ptfix", "truth")
 
@@ -78,7 +78,7 @@ def _train_and_ask(base: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
 
     from ptfix.demo import training
     from ptfix.demo.talk import WAYS, Talk, ask
-    from ptfix.soft_prompts.survey import survey
+    from ptfix.soft_prompts.proof.survey import survey
 
     def reloaded() -> Any:
         return PeftModel.from_pretrained(base, str(trained.checkpoint)).eval()

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 def examine(folder: Path, base_name: str | None) -> dict[str, Any]:
     """Load the adapter on its base model and judge it, ready for json."""
-    from ptfix.soft_prompts import check, survey
+    from ptfix.soft_prompts.proof import check, survey
 
     model = _load(folder, base_name)
     findings: dict[str, Any] = {"adapter": str(folder), "base": base_name, "prompt": check.describe(model)}
@@ -100,7 +100,7 @@ def _load(folder: Path, base_name: str | None) -> Any:
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM
 
-    from ptfix.soft_prompts import check, survey
+    from ptfix.soft_prompts.proof import check, survey
 
     try:
         config = PeftConfig.from_pretrained(str(folder))

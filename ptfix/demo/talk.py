@@ -10,7 +10,8 @@ import torch
 
 from ptfix import errors
 from ptfix.demo import training
-from ptfix.soft_prompts import caches, reference
+from ptfix.soft_prompts import caches
+from ptfix.soft_prompts.proof import reference
 
 NEW_TOKENS = 28
 #: Stands in a batch beside a short one, which is padded to this length.

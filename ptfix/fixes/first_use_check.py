@@ -31,7 +31,7 @@ _SURFACES = {
 def _wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     import torch
 
-    from ptfix.soft_prompts import first_use
+    from ptfix.soft_prompts.proof import first_use
 
     surface: first_use.Surface = getattr(first_use, name)
 
@@ -64,7 +64,7 @@ def _tell(finding: Any) -> None:
 
 
 def _probe() -> str | None:
-    from ptfix.soft_prompts import probes
+    from ptfix.soft_prompts.proof import probes
 
     return probes.first_use_fault()
 

@@ -23,7 +23,7 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _probe() -> str | None:
-    from ptfix.soft_prompts import probes
+    from ptfix.soft_prompts.proof import probes
 
     return probes.prefix_checkpointing_fault()
 

@@ -19,7 +19,7 @@ _SLIDING_WINDOWS = ({"peft": "<0.20"}, {"transformers": "<4.56"})
 @functools.cache
 def _full_attention_fails() -> bool:
     # Asked before the first commit, of the host as it is: see _probe.
-    from ptfix.soft_prompts import probes
+    from ptfix.soft_prompts.proof import probes
 
     return probes.full_attention_prefix_fault() is not None
 
@@ -61,7 +61,7 @@ def _wrap_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _probe() -> str | None:
-    from ptfix.soft_prompts import probes
+    from ptfix.soft_prompts.proof import probes
 
     _full_attention_fails()  # kept, for it cannot be asked of the host any more once the fix is on
     fault = probes.full_attention_prefix_fault()

@@ -24,7 +24,7 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _probe() -> str | None:
-    from ptfix.soft_prompts import probes
+    from ptfix.soft_prompts.proof import probes
 
     # transformers imports it where it has tensor parallel models. It costs seconds.
     return probes.split_prefix_fault() if "torch.distributed.tensor" in sys.modules else None

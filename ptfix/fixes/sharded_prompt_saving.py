@@ -37,7 +37,7 @@ def _wrap_save(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _probe() -> str | None:
-    from ptfix.soft_prompts import probes
+    from ptfix.soft_prompts.proof import probes
 
     # transformers imports it from 4.50 on. Without it no parameter of this process is a shard, and it costs seconds.
     if "torch.distributed.tensor" not in sys.modules:

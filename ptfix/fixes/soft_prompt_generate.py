@@ -16,9 +16,9 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _wrap_by_contract(original: Callable[..., Any]) -> Callable[..., Any]:
-    from ptfix.soft_prompts import public_contract
+    from ptfix.soft_prompts.proof import trials
 
-    return _generating(original, public_contract.generate)
+    return _generating(original, trials.generate)
 
 
 def _generating(original: Callable[..., Any], with_soft_prompt: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,7 +35,7 @@ def _generating(original: Callable[..., Any], with_soft_prompt: Callable[..., An
 
 
 def _probe() -> str | None:
-    from ptfix.soft_prompts import probes
+    from ptfix.soft_prompts.proof import probes
 
     return probes.generation_fault()
 
@@ -47,9 +47,9 @@ def _drift() -> str | None:
 
 
 def _contract_proof() -> tuple[str | None, str]:
-    from ptfix.soft_prompts import public_contract
+    from ptfix.soft_prompts.proof import trials
 
-    return public_contract.proof()
+    return trials.proof()
 
 
 _TARGET, _PARAMETERS = "peft.peft_model:PeftModelForCausalLM.generate", ("self", "kwargs")

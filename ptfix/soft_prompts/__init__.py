@@ -1,1 +1,1 @@
-"""Soft prompts: what they are, how they are generated with and trained, and what the truth about them is."""
+"""Soft prompts: what they are, and how they are generated with and trained. `proof` holds what judges that."""

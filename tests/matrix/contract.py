@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ptfix.soft_prompts import public_contract
 from ptfix.soft_prompts.adapter import has_soft_prompt
+from ptfix.soft_prompts.proof import trials
 from tests.matrix.modes import Bench
 
 
@@ -22,4 +22,4 @@ class _Model:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         if not has_soft_prompt(self.model):
             return self.model.generate(*args, **kwargs)
-        return public_contract.generate(self.model, *args, **kwargs)
+        return trials.generate(self.model, *args, **kwargs)

@@ -19,7 +19,8 @@ import peft
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from ptfix.soft_prompts import caches, reference
+from ptfix.soft_prompts import caches
+from ptfix.soft_prompts.proof import reference
 from tests.matrix import zoo
 from tests.matrix.models import ARCHITECTURES, VIRTUAL_TOKENS, VOCAB, base_model, task_ids, wrap
 

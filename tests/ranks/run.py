@@ -25,7 +25,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 
 import ptfix
-from ptfix.soft_prompts import reference
+from ptfix.soft_prompts.proof import reference
 from tests.matrix.models import base_model, wrap
 from tests.runs import arguments
 

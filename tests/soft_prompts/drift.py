@@ -66,11 +66,11 @@ def drafts() -> None:
 
 if __name__ == "__main__":
     {function.__name__: function for function in (renamed, drafts)}[sys.argv[1]]()
-    from ptfix.soft_prompts import public_contract
+    from ptfix.soft_prompts.proof import trials
     from tests.matrix.contract import PublicContract
     from tests.matrix.modes import bench, judge
 
-    answers = {f"trial of {mode}": fault for mode, fault in public_contract.modes().items()}
+    answers = {f"trial of {mode}": fault for mode, fault in trials.modes().items()}
     for architecture in sys.argv[2].split(","):
         for method in ("prompt_tuning", "prefix_tuning"):
             made = PublicContract(**vars(bench(architecture, method)))

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import ptfix
-from ptfix.soft_prompts import caches, reference
+from ptfix.soft_prompts import caches
+from ptfix.soft_prompts.proof import reference
 from tests.matrix import models, modes
 from tests.matrix.models import NotInThisPair
 

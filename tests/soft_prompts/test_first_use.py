@@ -16,7 +16,7 @@ import transformers
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import ptfix
-from ptfix.soft_prompts import first_use, probes
+from ptfix.soft_prompts.proof import first_use, probes
 from tests.matrix import modes
 from tests.matrix.models import ARCHITECTURES, METHODS, VOCAB, NotInThisPair, base_model, task_ids, wrap
 

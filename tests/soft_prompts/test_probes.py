@@ -7,7 +7,8 @@ import subprocess
 import pytest
 import torch
 
-from ptfix.soft_prompts import generation, probes
+from ptfix.soft_prompts import generation
+from ptfix.soft_prompts.proof import probes
 from tests.test_door import python
 
 
@@ -53,7 +54,7 @@ if not drifted:
     raise SystemExit
 os.environ["PTFIX_DISABLE"] = "first-use-check"  # which wraps generate() too
 import ptfix
-from ptfix.soft_prompts import probes
+from ptfix.soft_prompts.proof import probes
 import peft
 stock = peft.PeftModelForCausalLM.generate
 row = next(row for row in ptfix.apply().rows if row.fix == "soft-prompt-generate")
@@ -141,7 +142,7 @@ def test_the_callers_context_changes_no_row_and_is_unchanged() -> None:
     code = f"""
 import contextlib, warnings
 import torch, transformers, peft, ptfix
-from ptfix.soft_prompts import probes
+from ptfix.soft_prompts.proof import probes
 from transformers import LlamaForCausalLM, Trainer
 
 def state():

@@ -15,7 +15,8 @@ import transformers
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 import ptfix
-from ptfix.soft_prompts import caches, public_contract, reference
+from ptfix.soft_prompts import caches, public_contract
+from ptfix.soft_prompts.proof import reference, trials
 from tests.matrix import modes
 from tests.matrix.contract import PublicContract
 from tests.matrix.models import NotInThisPair
@@ -79,14 +80,12 @@ def test_the_main_modes_equal_the_training_forward(architecture: str, method: st
 
 def test_every_main_mode_is_right_on_the_tiny_model() -> None:
     main = ("greedy", "no mask", "left-padded batch", "beam search", "max_length", "static cache", "second turn")
-    assert {
-        mode: fault for mode, fault in public_contract.modes().items() if mode.split(": ")[1] in main and fault
-    } == {}
+    assert {mode: fault for mode, fault in trials.modes().items() if mode.split(": ")[1] in main and fault} == {}
 
 
 @pytest.mark.parametrize("is_prefix", [False, True])
 def test_no_trial_passes_where_the_soft_prompt_is_ignored(is_prefix: bool) -> None:
-    trial = public_contract._trial(is_prefix)
+    trial = trials._trial(is_prefix)
     ids, base = trial.ids, trial.model.base_model
     mine = reference.greedy(trial.model, ids, 8)[0][0, 4:]
     bare = reference.greedy(base, ids, 8)[0][0, 4:]

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from ptfix import errors, models
-from ptfix.soft_prompts import caches, check
+from ptfix.soft_prompts import caches
 from ptfix.soft_prompts.adapter import SoftPrompt
-from ptfix.soft_prompts.check import Answer, Asked
+from ptfix.soft_prompts.proof import check
+from ptfix.soft_prompts.proof.check import Answer, Asked
 
 EXACT = "exact"
 WRONG = "wrong"  #: other tokens or scores

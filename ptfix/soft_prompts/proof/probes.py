@@ -19,7 +19,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
-from ptfix.soft_prompts import caches, first_use, reference, views
+from ptfix.soft_prompts import caches, views
+from ptfix.soft_prompts.proof import first_use, reference
 
 _VIRTUAL_TOKENS = 2
 
@@ -176,7 +177,7 @@ def sliding_window_prefix_fault() -> str | None:
 
     if not hasattr(transformers, "Gemma2Config"):
         return None
-    return _prefix_fault(" of gemma2", _tiny(_prefix_config(), "Gemma2", head_dim=4, sliding_window=4))
+    return _prefix_fault(" of gemma2", tiny(_prefix_config(), "Gemma2", head_dim=4, sliding_window=4))
 
 
 def _prefix_fault(where: str, model: Any) -> str | None:
@@ -312,15 +313,15 @@ _TWO = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "synced_gpus
 def _prompt_tuned() -> Any:
     from peft import PromptTuningConfig
 
-    return _tiny(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=_VIRTUAL_TOKENS))
+    return tiny(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=_VIRTUAL_TOKENS))
 
 
 @cache
 def _prefix_tuned() -> Any:
-    return _tiny(_prefix_config())
+    return tiny(_prefix_config())
 
 
-def _tiny(config: Any, family: str = "Llama", **fields: Any) -> Any:
+def tiny(config: Any, family: str = "Llama", **fields: Any) -> Any:
     import transformers
     from peft import get_peft_model
 

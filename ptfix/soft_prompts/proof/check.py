@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from ptfix import errors, models
-from ptfix.soft_prompts import reference
 from ptfix.soft_prompts.adapter import SoftPrompt, active_config, has_soft_prompt
+from ptfix.soft_prompts.proof import reference
 
 #: What an adapter of many tasks is checked with.
 _TASK = 0

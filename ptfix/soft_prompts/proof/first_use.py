@@ -27,8 +27,9 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ptfix import errors, models
-from ptfix.soft_prompts import caches, check, reference, views
+from ptfix.soft_prompts import caches, views
 from ptfix.soft_prompts.adapter import active_config
+from ptfix.soft_prompts.proof import check, reference
 
 #: A row is cut to so many tokens, its padding included, of which at most `MOST_PADS` are padding.
 MOST_TOKENS, MOST_PADS = 256, 64
