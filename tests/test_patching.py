@@ -339,30 +339,54 @@ def test_an_absent_host_needs_no_fix(host: Any, monkeypatch: pytest.MonkeyPatch)
     assert (report.rows[0].status, report.rows[0].reason) == (Status.NOT_NEEDED, "transformers is not installed")
 
 
-def test_threads_apply_once_and_never_meet_half_a_fix(host: Any) -> None:
-    wraps = []
+@pytest.mark.parametrize("call", ["apply", "status", "trial", "revert"])
+def test_a_call_waits_for_the_apply_of_another_thread(host: Any, call: str) -> None:
+    others: list[threading.Thread] = []
+    waits: list[bool] = []
+    probed: list[int] = []
+    reports: list[Report | None] = []
+
+    def probe() -> str | None:
+        if not others:
+            others.append(threading.Thread(target=lambda: reports.append(getattr(patcher, call)())))
+            others[0].start()
+            others[0].join(0.2)
+            waits.append(others[0].is_alive())
+        probed.append(threading.get_ident())
+        return "broken"
+
+    patcher = Patcher((fix("function", "Child.own", probe=probe),))
+    report = patcher.apply()
+    others[0].join()
+    assert waits == [True]
+    assert probed == [threading.get_ident()], "what one thread has settled, the next does not ask again"
+    assert reports == [None if call == "revert" else report]
+    assert host.function(1) == (1 if call == "revert" else ("<one>", 1))
+
+
+def test_nobody_meets_half_a_fix(host: Any) -> None:
+    """While a fix makes its edits, and after a proof that it fails, every call runs the stock host."""
+    met: list[Any] = []
+
+    def call() -> str | None:
+        met.append((host.function(1), host.Child().own(1)))
+        return None
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        wraps.append(original)
+        call()
         return tagged("<one>")(original)
 
-    patcher = Patcher((fix(Edit("fakehost:function", wrap), Edit("fakehost:Child.own", wrap)),))
-    start = threading.Barrier(8)
-    reports: list[Report] = []
-
-    def work() -> None:
-        start.wait()
-        reports.append(patcher.apply())
-
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
+    def proof() -> str | None:
+        thread = threading.Thread(target=call)
         thread.start()
-    for thread in threads:
         thread.join()
-    assert len(wraps) == 2
-    assert len(reports) == 8
-    assert all(report == reports[0] for report in reports)
-    assert host.function(1) == ("<one>", 1)
+        return "still broken"
+
+    edits = Edit("fakehost:function", wrap), Edit("fakehost:Child.own", wrap)
+    kept = Patcher((fix(*edits, proof=proof),))
+    assert statuses(kept.apply()) == [Status.UNSUPPORTED]
+    call()
+    assert met == [(1, ("own", 1))] * 4
 
 
 def test_a_probe_may_ask_for_the_status(host: Any) -> None:
