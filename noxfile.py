@@ -66,6 +66,7 @@ CENTRAL = (
     "tests/matrix/test_exact.py",
     "tests/matrix/test_stories.py",
     "tests/soft_prompts/test_architectures.py",
+    "tests/soft_prompts/test_generation.py",
     "tests/soft_prompts/test_padding_and_windows.py",
     "tests/soft_prompts/test_padding_on_the_right.py",
     "tests/test_tutorial.py",

@@ -303,7 +303,6 @@ class _Text:
         inputs: dict[str, Any] = self.owner._host_inputs(
             virtual_ids, attention_mask=mask, **{caches.keyword(): handed_on}, **options
         )
-        inputs.pop("token_type_ids", None)
         if _has_image_positions(self.turn.base):
             inputs["position_ids"] = positions
         if start >= self.placeholders.shape[1] + self.turn.most_pads:
