@@ -1,11 +1,15 @@
 """What an unpadded training forward says under ptfix is bit for bit what it says without: architectures x methods.
 
+Two questions are asked: what a training step says (`TRAINING`), and what the matrix judges every mode by (`TRUTH`),
+since its runner makes that with ptfix on.
+
 Where a pair of hosts does not hold a prefix as its models read it, ptfix makes the prefix (fix prefix-forward). There
 alone two other outcomes are right: `rounding`, and `stock misreads`, where a prefix made of a hard prompt's keys and
 values answers as the hard prompt does under ptfix and does not without.
 
 python -m tests.matrix.forward_unchanged                      # all of the installed pair, as a table in Markdown
 python -m tests.matrix.forward_unchanged llama paligemma      # some
+python -m tests.matrix.forward_unchanged --truth              # the matrix's own truth, of all its cells
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,10 +30,13 @@ import torch
 import ptfix
 from ptfix.report import Status
 from tests.matrix import modes, zoo
-from tests.matrix.models import METHODS, VOCAB, NotInThisPair, task_ids, wrap
+from tests.matrix.models import ARCHITECTURES, METHODS, VOCAB, NotInThisPair, base_model, task_ids, wrap
 
 #: What is compared, by name.
 Said = dict[str, torch.Tensor]
+
+#: Asks again under ptfix: the model, and what it says.
+Again = Callable[[], tuple[Any, Said]]
 
 SAME, DIFFERS, CANNOT, NO_MODEL = "same", "differs", "cannot", "no model"
 ROUNDING, STOCK_MISREADS = "rounding", "stock misreads"
@@ -36,36 +44,70 @@ TEXT = 20  #: longer than the windows of the zoo
 TOLERANCE = 1e-5
 
 
+@dataclass(frozen=True)
+class Question:
+    base_model: Callable[[str], Any]
+    ask: Callable[[Any, str, str], tuple[Said, Again]]  #: (base, architecture, method) -> what stock says, and again
+
+
+def _training(base: Any, architecture: str, method: str) -> tuple[Said, Again]:
+    """Train an adapter; again, its twin, which stock made too.
+
+    A twin, since some models round otherwise from their second call on.
+    """
+    model, twin = (wrap(base, method, **zoo.adapter_sizes(architecture, method)) for _ in range(2))
+    return _train(twin, method), lambda: (model, _train(model, method))
+
+
+def _truth(base: Any, architecture: str, method: str) -> tuple[Said, Again]:
+    """The truth of a cell of the matrix; again, of one made anew, as the matrix makes its own under ptfix."""
+
+    def made() -> tuple[Any, Said]:
+        bench = modes.bench(architecture, method)
+        ids, scores = bench.truth(bench.ids)
+        return bench.model, {"ids": ids, "scores": scores}
+
+    return made()[1], made
+
+
+TRAINING = Question(zoo.base_model, _training)
+TRUTH = Question(base_model, _truth)
+
+
 def judge(
-    architectures: Iterable[str], methods: Iterable[str], progress: Callable[[], object] = lambda: None
+    architectures: Iterable[str],
+    methods: Iterable[str],
+    progress: Callable[[], object] = lambda: None,
+    question: Question = TRAINING,
 ) -> dict[str, dict[str, str]]:
     """``{architecture: {method: outcome}}``. Leaves ptfix reverted."""
     methods = list(methods)
     ptfix.revert()
     table: dict[str, dict[str, str]] = {}
-    stock: dict[tuple[str, str], tuple[Any, Said]] = {}
+    stock: dict[tuple[str, str], tuple[Said, Again]] = {}
     for architecture in architectures:
         progress()
         table[architecture] = {}
         try:
-            base = zoo.base_model(architecture)
+            base = question.base_model(architecture)
             base(input_ids=_ids(), labels=_ids())
         except Exception as error:  # the host trains no such model without an adapter either
             table[architecture] = dict.fromkeys(methods, f"{NO_MODEL}: {_in_words(error)}")
             continue
         for method in methods:
-            trained = _stock(base, architecture, method)
-            if isinstance(trained, str):
-                table[architecture][method] = trained
+            said = _stock(question, base, architecture, method)
+            if isinstance(said, str):
+                table[architecture][method] = said
             else:
-                stock[architecture, method] = trained
+                stock[architecture, method] = said
     report = ptfix.apply()
     rebuilt = any(row.fix == "prefix-forward" and row.status is Status.APPLIED for row in report.rows)
     try:
-        for (architecture, method), (model, expected) in stock.items():
+        for (architecture, method), (expected, again) in stock.items():
             progress()
-            outcome = _outcome(model, method, expected, exact=not rebuilt or not method.startswith("prefix"))
-            if rebuilt and method == "prefix_tuning" and outcome.startswith(DIFFERS) and _stock_misreads(model):
+            model, outcome = _outcome(again, expected, exact=not rebuilt or not method.startswith("prefix"))
+            misread = model is not None and rebuilt and method == "prefix_tuning" and outcome.startswith(DIFFERS)
+            if misread and _stock_misreads(model):
                 outcome = STOCK_MISREADS
             if outcome.startswith(DIFFERS) and table[architecture].get("prefix_tuning") == STOCK_MISREADS:
                 outcome = STOCK_MISREADS  # a projection gives the same kind of prefix
@@ -79,14 +121,10 @@ def _ids() -> torch.Tensor:
     return torch.randint(2, VOCAB, (2, TEXT), generator=torch.Generator().manual_seed(7))
 
 
-def _stock(base: Any, architecture: str, method: str) -> tuple[Any, Said] | str:
-    """An adapter that stock made, and what training its twin said; or why there is none.
-
-    A twin, since some models round otherwise from their second call on.
-    """
+def _stock(question: Question, base: Any, architecture: str, method: str) -> tuple[Said, Again] | str:
+    """What stock says, or why there is nothing."""
     try:
-        model, twin = (wrap(base, method, **zoo.adapter_sizes(architecture, method)) for _ in range(2))
-        return model, _train(twin, method)
+        return question.ask(base, architecture, method)
     except NotInThisPair as reason:
         return f"{NO_MODEL}: {reason}"
     except Exception as error:  # whatever stock raises is the outcome
@@ -113,22 +151,22 @@ def _train(model: Any, method: str) -> Said:
     return said
 
 
-def _outcome(model: Any, method: str, expected: Said, exact: bool) -> str:
-    """Train `model` under ptfix. Unless `exact`, a rounding is right too."""
+def _outcome(again: Again, expected: Said, exact: bool) -> tuple[Any, str]:
+    """Ask again under ptfix: the model, and how it answers. Unless `exact`, a rounding is right too."""
     try:
-        got = _train(model, method)
+        model, got = again()
     except Exception as error:
-        return f"{DIFFERS}: raises {_in_words(error)}"
+        return None, f"{DIFFERS}: raises {_in_words(error)}"
     if expected.keys() != got.keys():
-        return f"{DIFFERS}: other outputs {sorted(expected.keys() ^ got.keys())}"
+        return model, f"{DIFFERS}: other outputs {sorted(expected.keys() ^ got.keys())}"
     outcome = SAME
     for name, tensor in expected.items():
         if torch.equal(tensor, got[name]) or torch.equal(tensor.nan_to_num(), got[name].nan_to_num()):
             continue
         if exact or not torch.allclose(tensor, got[name], rtol=TOLERANCE, atol=TOLERANCE):
-            return f"{DIFFERS}: {name} by {float((tensor - got[name]).abs().max()):.3g}"
+            return model, f"{DIFFERS}: {name} by {float((tensor - got[name]).abs().max()):.3g}"
         outcome = ROUNDING
-    return outcome
+    return model, outcome
 
 
 def _stock_misreads(model: Any) -> bool:
@@ -181,7 +219,8 @@ def main(arguments: list[str]) -> int:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     bar = tqdm(unit="row", mininterval=5)
-    table = judge(arguments or zoo.architectures(), METHODS, bar.update)
+    question, all_of_it = (TRUTH, ARCHITECTURES) if "--truth" in arguments else (TRAINING, zoo.architectures())
+    table = judge([name for name in arguments if name != "--truth"] or all_of_it, METHODS, bar.update, question)
     bar.close()
     print(markdown(table))
     return int(any(outcome.startswith(DIFFERS) for row in table.values() for outcome in row.values()))
