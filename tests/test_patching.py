@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ptfix import hosts
+from ptfix import hosts, patching
 from ptfix.patching import Edit, Fallback, Fix, Patcher, PatchError
 from ptfix.report import Report, Status
 
@@ -37,6 +37,7 @@ SOURCE = """
         def shape(self): return "shape"
         async def later(self): return "later"
         def each(self): yield 1
+        async def stream(self): yield 1
 """
 
 
@@ -47,6 +48,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(sys.modules, "fakehost", module)
     for name in ("PTFIX_DISABLE", "PTFIX_STRICT"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(patching, "_strict", False)
     return module
 
 
@@ -148,6 +150,33 @@ def test_a_foreign_wrapper_on_top_stays_and_ours_lets_pass(host: Any) -> None:
     assert host.function(2) == ("theirs", 2)
 
 
+def test_below_a_foreign_wrapper_every_other_edit_is_given_back(host: Any) -> None:
+    before = vars(host.Child)["own"]
+    patcher = Patcher((fix("Child.own", "function"),))
+    patcher.apply()
+    host.function = lambda x: x
+    patcher.revert()
+    assert vars(host.Child)["own"] is before
+
+
+def test_what_a_lazy_module_makes_when_asked_is_edited(host: Any) -> None:
+    made = host.function
+    del host.function
+
+    def lazy(name: str) -> Any:
+        if name != "function":
+            raise AttributeError(name)
+        vars(host)[name] = made
+        return made
+
+    host.__getattr__ = lazy
+    patcher = Patcher((fix("function"),))
+    assert statuses(patcher.apply()) == [Status.APPLIED]
+    assert host.function(1) == ("<one>", 1)
+    patcher.revert()
+    assert host.function is made
+
+
 def test_a_foreign_wrapper_in_between_survives(host: Any) -> None:
     inner, outer = Patcher((fix("function", id="inner"),)), Patcher((fix("function", id="outer"),))
     inner.apply()
@@ -166,12 +195,67 @@ def test_status_sets_nothing(host: Any) -> None:
     patcher = Patcher((fix("function"), fix("Child.own", id="two", probe=lambda: None)))
     report = patcher.status()
     assert dict(vars(host)) == before
+    assert report.hosts == hosts.versions()
+    assert [row.fix for row in report.rows] == ["one", "two"]
     assert statuses(report) == [Status.DISABLED, Status.NOT_NEEDED]
     assert "ptfix.apply()" in report.rows[0].reason
     patcher.apply()
     assert statuses(patcher.status()) == [Status.APPLIED, Status.NOT_NEEDED]
     patcher.revert()
     assert patcher.status() == report
+
+
+def test_a_trial_says_what_apply_would_come_to_and_leaves_nothing(
+    host: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PTFIX_DISABLE", "off")
+    monkeypatch.setattr(hosts, "problem", lambda name: "peft does not import" if name == "peft" else None)
+    before = dict(vars(host)), dict(vars(host.Child))
+    patcher = Patcher(
+        (
+            fix("function"),
+            fix("Child.own", id="fails", proof=lambda: "still broken"),
+            fix("Child.own", id="off"),
+            fix("Child.own", id="alone", affects={"peft": ""}),
+        )
+    )
+    found = patcher.trial()
+    assert [(row.fix, row.status, row.waiting) for row in found.rows] == [
+        ("one", Status.DISABLED, True),
+        ("fails", Status.UNSUPPORTED, False),
+        ("off", Status.DISABLED, False),
+        ("alone", Status.UNSUPPORTED, False),
+    ]
+    assert [row.reason for row in found.rows] == [
+        "needed, call ptfix.apply(): broken",
+        "with the fix on, still broken",
+        "named in PTFIX_DISABLE",
+        "peft does not import",
+    ]
+    assert (dict(vars(host)), dict(vars(host.Child))) == before
+    assert not caplog.records
+    assert patcher.status().rows[1].waiting, "nothing is settled by a trial"
+
+
+@pytest.mark.parametrize(("setting", "strict"), [(None, False), ("", False), ("0", False), ("1", True), ("yes", True)])
+def test_strict_by_the_environment(
+    host: Any, monkeypatch: pytest.MonkeyPatch, setting: str | None, strict: bool
+) -> None:
+    if setting is not None:
+        monkeypatch.setenv("PTFIX_STRICT", setting)
+    assert patching.strict_by_environment() is strict
+    assert patching.is_strict() is strict
+
+
+def test_strict_is_kept_until_revert(host: Any) -> None:
+    patcher = Patcher((fix("function"),))
+    patcher.apply()
+    assert patching.is_strict() is False
+    patcher.apply(strict=True)
+    patcher.apply()
+    assert patching.is_strict() is True
+    patcher.revert()
+    assert patching.is_strict() is False
 
 
 def test_healthy_means_untouched(host: Any) -> None:
@@ -199,10 +283,15 @@ def test_a_call_error_is_the_callers_to_see(host: Any) -> None:
         ("gone", "fakehost:gone does not exist in this host"),
         ("Child.gone", "fakehost:Child.gone does not exist in this host"),
         ("Gone.method", "fakehost:Gone.method does not exist in this host"),
-        ("Child.size", "fakehost:Child.size is a int"),
+        ("Child.gone", "<class 'fakehost.Child'> has no attribute 'gone'"),
+        (
+            "Child.size",
+            "fakehost:Child.size is a int; only functions, methods, classmethods, staticmethods and getters",
+        ),
         ("Child", "fakehost:Child is a type"),
         ("Child.later", "fakehost:Child.later is a coroutine or generator function"),
         ("Child.each", "fakehost:Child.each is a coroutine or generator function"),
+        ("Child.stream", "fakehost:Child.stream is a coroutine or generator function"),
         (Edit("fakehost:function", tagged(""), parameters=("x", "mask", "scale", "ids")), "no longer takes mask, ids"),
         (Edit("fakehost.absent:f", tagged("")), "fakehost.absent:f does not exist"),
     ],
@@ -232,6 +321,7 @@ def test_an_optional_edit_is_skipped_only_where_its_target_is_absent(host: Any) 
     assert host.function(1) == ("<one>", 1)
     drifted = Patcher((fix(optional("Child.own", "mask"), id="drifted"), fix(optional("gone"), id="empty"))).apply()
     assert statuses(drifted) == [Status.UNSUPPORTED, Status.UNSUPPORTED]
+    assert drifted.rows[1].reason == "none of its targets exists in this host"
 
 
 def test_failing_midway_rolls_the_whole_fix_back(host: Any) -> None:
@@ -278,15 +368,24 @@ def test_strict_raises_and_leaves_nothing_behind(host: Any) -> None:
     assert statuses(patcher.apply()) == [Status.APPLIED, Status.UNSUPPORTED]
     with pytest.raises(PatchError):
         patcher.apply(strict=True)
+    several = Patcher((fix("gone", id="two"), fix("lost", id="three")))
+    with pytest.raises(PatchError, match=r"^two needed but not applied: .*\nthree needed but not applied: ") as raised:
+        several.apply(strict=True)
+    assert len(str(raised.value).splitlines()) == 2, "a line for each cause"
     assert host.function(1) == ("<one>", 1), "strict undoes what its own call had set, not what an earlier one had"
 
 
 def test_disabled(host: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("PTFIX_DISABLE", " one , unheard-of,")
     patcher = Patcher((fix("function", probe=lambda: pytest.fail("a disabled fix was probed")),))
-    assert statuses(patcher.apply(strict=True)) == [Status.DISABLED]
+    (row,) = patcher.apply(strict=True).rows
+    assert (row.status, row.reason) == (Status.DISABLED, "named in PTFIX_DISABLE")
     assert host.function(1) == 1
-    assert "unheard-of" in caplog.text
+    assert [record.getMessage() for record in caplog.records] == [
+        "PTFIX_DISABLE names unheard-of, which is no fix of this release; `ptfix doctor` lists them."
+    ]
+    patcher.revert()
+    monkeypatch.setenv("PTFIX_DISABLE", "two,one")
     patcher = Patcher((fix("function"),))
     patcher.apply()
     monkeypatch.delenv("PTFIX_DISABLE")
@@ -305,10 +404,14 @@ def test_one_info_line_per_effect_and_none_for_repeats(host: Any, caplog: pytest
 def test_the_window_is_asked_before_the_probe(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts, "problem", lambda name: None)
     monkeypatch.setattr(hosts, "in_window", lambda affects: not affects)
-    never = fix("function", affects={"peft": "<0.1"}, probe=lambda: pytest.fail("probed outside its window"))
+    never = fix(
+        "function",
+        affects={"peft": "<0.1", "transformers": "<4"},
+        probe=lambda: pytest.fail("probed outside its window"),
+    )
     report = Patcher((never,)).apply()
     assert statuses(report) == [Status.NOT_NEEDED]
-    assert "outside the affected versions (peft <0.1)" in report.rows[0].reason
+    assert "outside the affected versions (peft <0.1, transformers <4)" in report.rows[0].reason
 
 
 def test_a_host_that_cannot_be_used_is_told_once_with_the_remedy(
@@ -324,6 +427,8 @@ def test_a_host_that_cannot_be_used_is_told_once_with_the_remedy(
     )
     monkeypatch.setattr(hosts, "in_window", lambda affects: True)
     patcher = Patcher(fixes, remedy=lambda: "Install a better pair.")
+    assert statuses(patcher.status()) == [Status.UNSUPPORTED, Status.UNSUPPORTED, Status.DISABLED]
+    asked.clear()
     assert statuses(patcher.apply()) == [Status.UNSUPPORTED, Status.UNSUPPORTED, Status.APPLIED]
     assert asked == ["transformers", "peft"], "each host is tried once, whatever the number of fixes"
     assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
@@ -534,7 +639,7 @@ def test_ways_are_tried_in_order_and_the_row_says_which_and_why(host: Any, caplo
 
     planned, row, answer = apply(way("second", 5), first=good, drift="a private name is gone")
     assert planned.waiting
-    assert "a private name is gone" in planned.reason
+    assert planned.reason == "needed, call ptfix.apply(): 2 becomes 2; a private name is gone"
     assert (row.status, answer) == (Status.APPLIED, 5)
     assert row.reason == "2 becomes 2; a private name is gone; second: greedy; refused: beams"
 
