@@ -6,6 +6,7 @@ nox -s matrix-quick                                     # a few pairs, the centr
 nox -s soft-prompts                                     # the same pairs: checks, probes, all architectures
 nox -s chat-templates                                   # what each release saves, every other loads
 nox -s sequence-length                                  # guard, warmup and retention where the Trainer's hooks differ
+nox -s mutants                                          # changes to ptfix that no test notices; hours
 nox -s newest                                           # the newest hosts on the index, whatever they are; -- --pre
 """
 
@@ -94,6 +95,7 @@ NEWEST = {
 NEWEST_TOOLS = ("accelerate", "gguf", "hypothesis", "jinja2", "packaging", "pytest", "pyyaml", "tqdm")
 FLOORS = {"transformers": "4.36", "peft": "0.6"}
 CONSTRAINTS = Path(__file__).with_name("constraints.txt")
+MUTMUT = "mutmut==3.8.1"
 WHICH = "import ptfix; print(*map(' '.join, ptfix.status().hosts.items()), sep=', ', end='')"
 
 INTERPRETERS = Path(__file__).with_name(".nox") / "interpreters"
@@ -204,6 +206,18 @@ def newest(session: nox.Session) -> None:
     if short:
         session.error(f"{found}: falls short in {', '.join(short)}; what does is printed above")
     session.log(f"{found}: nothing falls short")
+
+
+@nox.session(name="mutants")
+def mutants(session: nox.Session) -> None:
+    """Change ptfix in one place at a time and list the changes that no test notices (`mutmut show NAME` prints one).
+
+    `-- "ptfix.patching*"` takes the mutants of one file, which take minutes; all of them take hours.
+    """
+    session.install("-c", str(CONSTRAINTS), "-e", ".[test]", MUTMUT)
+    session.env.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    session.run("mutmut", "run", *session.posargs)
+    session.run("mutmut", "results")
 
 
 def _passes(session: nox.Session, *command: str) -> bool:

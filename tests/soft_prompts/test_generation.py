@@ -3,16 +3,18 @@ model."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import ptfix
 from ptfix.soft_prompts import caches
 from tests.matrix import modes
-from tests.matrix.models import VOCAB, NotInThisPair
+from tests.matrix.models import VIRTUAL_TOKENS, VOCAB, NotInThisPair
 
 
 @pytest.fixture(autouse=True)
@@ -76,3 +78,44 @@ def test_the_static_cache_of_the_base_model_is_left_alone(method: str) -> None:
     assert torch.equal(out.sequences, bench.truth(bench.ids)[0])
     assert before
     assert all(torch.equal(now, then) for now, then in zip(held(), before, strict=True))
+
+
+def test_a_compiled_call_outlives_the_view_of_one_call(method: str) -> None:
+    CompileConfig = getattr(transformers, "CompileConfig", None)
+    if not hasattr(CompileConfig, "_compile_all_devices"):
+        pytest.skip("this release compiles for an accelerator only")
+    bench = made("llama", method)
+    config = CompileConfig(backend="eager", mode=None)
+    config._compile_all_devices = True
+    options = {"attention_mask": modes.ones(bench.ids), "cache_implementation": "static", "compile_config": config}
+    calls = []
+    for _ in range(2):
+        assert torch.equal(bench.generate(bench.ids, **options), bench.truth(bench.ids)[0])
+        calls.append(bench.base._compiled_call)
+    assert calls[0] is calls[1]
+
+
+@pytest.mark.parametrize("room", [-1, 0])
+def test_what_a_padded_row_does_not_see_of_its_prefix_is_said_once(
+    method: str, room: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before 4.42 a prefix stands in front of the padding, and a sliding window counts places."""
+    monkeypatch.setenv("PTFIX_CHECK", "0")  # which says, in its own words, that the row differs
+    bench = made("mistral", method)
+    ids, mask, _ = modes.left_padded(bench)
+    whole = VIRTUAL_TOKENS + ids.shape[1]
+    bench.base.config.sliding_window = whole + room
+
+    def said(new_tokens: int, ids: torch.Tensor = ids, **options: Any) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "ptfix"):
+            bench.generate(input_ids=ids, rows=2, max_new_tokens=new_tokens, **options)
+        return [record.message for record in caplog.records if record.name == "ptfix"]
+
+    hidden = method == "prefix_tuning" and not caches.can_put_when_fed(bench.base)
+    assert len(said(1, attention_mask=mask)) == (hidden and room < 0)
+    warnings = said(3, attention_mask=mask)
+    assert len(warnings) == hidden
+    assert all(f"longer than the model's sliding window ({whole + room})" in warning for warning in warnings)
+    assert not said(3, attention_mask=modes.ones(mask))
+    assert not said(3, bench.ids.repeat(2, 1))
