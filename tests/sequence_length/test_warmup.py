@@ -171,3 +171,29 @@ def test_a_dataset_that_cannot_be_sorted_is_refused() -> None:
         warmup.lengths(iter([]))
     with pytest.raises(ValueError, match="length_column_name"):
         warmup.lengths([{"text": "hello"}])
+
+
+def test_lists_follow_their_rows_wherever_they_stand_and_others_stay() -> None:
+    whole = {"names": ["a", "b"], "about": ["all of it"], "word": "ab", **batch([12, 8])}
+    cut: Any = warmup.segmented(whole, 4)
+    assert cut["names"] == ["a", "a", "a", "b", "b"]
+    assert (cut["about"], cut["word"]) == (["all of it"], "ab")
+
+
+def test_without_labels_no_piece_is_lost_and_none_is_padding_alone() -> None:
+    whole = batch([12, 9, 4])
+    del whole["labels"]
+    assert [len(text) for text in texts(warmup.segmented(whole, 4))] == [4, 4, 4, 4, 4, 1, 4]
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_positions_of_the_text_start_at_zero_whatever_those_of_its_padding_are(start: int) -> None:
+    """Counted from the padding on, and, as some models do, from 1 behind padding at 0."""
+    whole = batch([3, 12], "left")
+    behind = (whole["attention_mask"].cumsum(-1) - 1 + start) * whole["attention_mask"]
+    whole["position_ids"] = torch.arange(WIDTH).repeat(2, 1) if start == 0 else behind
+    cut: Any = warmup.truncated(whole, 5)
+    real = cut["attention_mask"].bool()
+    positions = cut["position_ids"]
+    assert [row[held].tolist() for row, held in zip(positions, real, strict=True)] == [[0, 1, 2], [0, 1, 2, 3, 4]]
+    assert positions.max() < 5
