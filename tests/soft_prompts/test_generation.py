@@ -119,3 +119,13 @@ def test_what_a_padded_row_does_not_see_of_its_prefix_is_said_once(
     assert all(f"longer than the model's sliding window ({whole + room})" in warning for warning in warnings)
     assert not said(3, attention_mask=modes.ones(mask))
     assert not said(3, bench.ids.repeat(2, 1))
+
+
+def test_a_second_turn_may_pass_only_what_is_new(method: str) -> None:
+    """The mask covers all of the text, and says how much of it stands in the cache alone."""
+    bench = made("llama", method)
+    first = bench.generate(bench.ids, attention_mask=modes.ones(bench.ids), return_dict_in_generate=True)
+    whole = torch.cat((first.sequences, modes.new_tokens(1, 3)), 1)
+    new = whole[:, first.sequences.shape[1] - 1 :]  # generate() has not read its own last token
+    out = bench.generate(new, attention_mask=modes.ones(whole), **modes.on_the_cache(bench, first))
+    assert torch.equal(out, bench.truth(whole)[0][:, -new.shape[1] - modes.NEW :])
