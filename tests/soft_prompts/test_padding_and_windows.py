@@ -44,7 +44,9 @@ def rows_as_alone(bench: modes.Bench, ids: torch.Tensor, rows: list[torch.Tensor
 def test_a_padded_row_beyond_the_window_is_as_alone(bench: modes.Bench, options: dict[str, Any]) -> None:
     if "prefill_chunk_size" in options and modes.judge("chunked_prefill", modes.bare("gemma2")) != "exact":
         pytest.skip("this release cannot prefill gemma2 in chunks")
-    ids, mask, rows = modes.left_padded(bench)
+    ids, mask, rows = modes.left_padded(bench, torch.cat((bench.ids, bench.ids.flip(1)), 1))
+    rows = [rows[0], rows[1][:, -3:]]  # alone, its prefix stands within the window; behind this padding's it would not
+    ids[1, :-3] = mask[1, :-3] = 0
     rows_as_alone(bench, ids, rows, bench.generate(input_ids=ids, attention_mask=mask, rows=2, **options))
 
 
