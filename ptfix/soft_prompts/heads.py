@@ -43,6 +43,11 @@ HEADS = {
 }
 
 
+def of(peft_model: Any) -> Head | None:
+    """The description of its task class; None for one that continues texts."""
+    return next((HEADS[kind.__name__] for kind in type(peft_model).__mro__ if kind.__name__ in HEADS), None)
+
+
 def has_soft_prompt(peft_model: Any) -> bool:
     """Is the active adapter a soft prompt in front of a model that is no encoder-decoder, and switched on?"""
     base = peft_model.base_model

@@ -13,6 +13,8 @@ import torch
 import transformers
 
 import ptfix
+from ptfix import cli
+from ptfix.soft_prompts.proof import check
 from tests import runs
 
 VIRTUAL, VOCAB = 5, 64
@@ -245,6 +247,62 @@ def test_a_trainer_with_the_default_collator_trains_rows_as_they_are_alone(tmp_p
     ).train()
     expected = before - rate * (gradients[0] + gradients[1]) / 2
     torch.testing.assert_close(weight.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_the_check_covers_task_heads(architecture: str, task: str) -> None:
+    if not is_made(architecture, task):
+        pytest.skip(f"this transformers has no {architecture} for {task}")
+    model = prompted(architecture, task, "prompt_tuning").train()
+    assert check.check(model).sentence == "the soft prompt acts, and a padded row gets what it gets alone"
+    assert model.training
+    ptfix.revert()
+    try:
+        found = check.check(model)
+    finally:
+        ptfix.apply()
+    assert found.acts
+    assert not found.exact
+    assert "padded on the" in found.sentence
+
+
+def test_verify_judges_a_saved_classifier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = prompted("llama", "SEQ_CLS", "prompt_tuning")
+    model.base_model.save_pretrained(tmp_path / "base", state_dict=plain_weights(model))
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    try:
+        assert cli.main(["verify", str(tmp_path / "adapter")]) == 0
+        assert "padded on the right  exact" in capsys.readouterr().out
+        assert cli.main(["verify", "--stock", str(tmp_path / "adapter")]) == 1
+        assert "PROBLEM" in capsys.readouterr().out
+    finally:
+        ptfix.apply()
+
+
+def plain_weights(model: Any) -> dict[str, torch.Tensor]:
+    """Those of the base model, by the names they have without an adapter."""
+    weights = model.base_model.state_dict()
+    return {
+        name.replace("original_module.", ""): value for name, value in weights.items() if "modules_to_save" not in name
+    }
+
+
+def test_the_callback_covers_task_heads(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = prompted("llama", "SEQ_CLS", "prompt_tuning")
+    data = [{"input_ids": row[0].tolist(), "labels": number} for number, row in enumerate(rows())]
+    ptfix.revert()  # stock is wrong, and says nothing
+    try:
+        transformers.Trainer(
+            model=model,
+            args=runs.arguments(tmp_path, max_steps=1, per_device_train_batch_size=1, save_strategy="no"),
+            train_dataset=data,
+            callbacks=[ptfix.SoftPromptCallback()],
+        ).train()
+    finally:
+        ptfix.apply()
+    assert "a row padded on the" in caplog.text
 
 
 def word_tokenizer() -> Any:
