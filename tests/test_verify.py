@@ -197,8 +197,8 @@ def test_encoder_decoder(adapter: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_an_adapter_that_does_not_generate(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    change(adapter, task_type="SEQ_CLS")
-    assert "SEQ_CLS" in refusal(capsys, adapter)
+    change(adapter, task_type="MULTIPLE_CHOICE")
+    assert "MULTIPLE_CHOICE" in refusal(capsys, adapter)
 
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "nobody/has-this-model", None])

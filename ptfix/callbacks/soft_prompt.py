@@ -23,7 +23,8 @@ class SoftPromptError(RuntimeError):
 
 
 class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]  # the hosts are untyped here
-    """Check a soft prompt when training ends: it acts, and generate() says what the training forward says.
+    """Check a soft prompt when training ends: it acts, and generate() says what the training forward says; a task head
+    gives a padded row what it gives the row alone.
 
     Silent about models without a soft prompt. Where each process holds only a part of the weights (FSDP, ZeRO-3, tensor
     parallel) the check is left out, and that is said. It costs a dozen forward passes of one short row, once.
@@ -97,14 +98,17 @@ class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]  # the hosts ar
 
 
 def _soft_prompted(model: Any) -> Any:
-    """The PeftModel with an active soft prompt that can generate, or None. Imports nothing that training has not."""
+    """The PeftModel with an active soft prompt, or None. Imports nothing that training has not."""
     peft = sys.modules.get("peft")
     if peft is None or model is None:
         return None
-    from ptfix.soft_prompts import adapter
+    from ptfix.soft_prompts import adapter, heads
 
     model = models.unwrap(model)
-    return model if isinstance(model, peft.PeftModelForCausalLM) and adapter.has_soft_prompt(model) else None
+    if not isinstance(model, peft.PeftModel):
+        return None
+    acts = adapter.has_soft_prompt(model) or (heads.of(model) is not None and heads.has_soft_prompt(model))
+    return model if acts else None
 
 
 def _first_row(dataloader: Any, base: Any) -> list[int]:

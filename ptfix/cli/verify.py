@@ -14,6 +14,14 @@ import ptfix
 from ptfix import errors, hosts
 from ptfix.cli import UsageError
 
+#: task type -> the class of transformers that loads its base model
+_AUTO = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -85,8 +93,8 @@ def _read(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{folder} is a {saved['peft_type']} adapter, not a soft prompt: there is nothing to verify")
     if saved.get("task_type") == "SEQ_2_SEQ_LM":
         raise UsageError(f"{folder} is for an encoder-decoder model, which ptfix does not support")
-    if saved.get("task_type") != "CAUSAL_LM":
-        raise UsageError(f"{folder} has the task type {saved.get('task_type')}; only CAUSAL_LM adapters generate")
+    if saved.get("task_type") not in _AUTO:
+        raise UsageError(f"{folder} has the task type {saved.get('task_type')}; known are {', '.join(_AUTO)}")
     length = saved["num_virtual_tokens"]
     if not isinstance(length, int) or length < 1:
         raise UsageError(f"{path} says num_virtual_tokens is {length!r}; it must be a number above 0")
@@ -97,8 +105,8 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def _load(folder: Path, base_name: str | None) -> Any:
     """The adapter on its base model, on this machine's files alone and without anybody's code."""
+    import transformers
     from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForCausalLM
 
     from ptfix.soft_prompts.proof import check, survey
 
@@ -112,7 +120,8 @@ def _load(folder: Path, base_name: str | None) -> Any:
     if not base_name:
         raise UsageError(f"{folder} does not name its base model: pass --base MODEL")
     try:
-        base = AutoModelForCausalLM.from_pretrained(base_name, local_files_only=True, trust_remote_code=False)
+        auto = getattr(transformers, _AUTO[str(getattr(config.task_type, "value", config.task_type))])
+        base = auto.from_pretrained(base_name, local_files_only=True, trust_remote_code=False, **_labels(folder))
     except Exception as error:
         raise UsageError(
             f"the base model {base_name} cannot be loaded from this machine ({errors.one_line(error)}): "
@@ -125,6 +134,22 @@ def _load(folder: Path, base_name: str | None) -> Any:
         return PeftModel.from_pretrained(base, str(folder), config=config).eval()
     except Exception as error:
         raise UsageError(f"the weights in {folder} cannot be loaded: {errors.one_line(error)}") from error
+
+
+def _labels(folder: Path) -> dict[str, int]:
+    """The number of classes that the saved class layer tells apart, which the base model's folder does not know."""
+    from peft.utils.save_and_load import load_peft_weights
+
+    try:
+        weights = load_peft_weights(str(folder), device="cpu")
+    except Exception:  # said in words when the adapter is loaded
+        return {}
+    sizes = [
+        weight.shape[0]
+        for name, weight in weights.items()
+        if weight.dim() == 2 and any(part.startswith(("score", "classifier")) for part in name.split("."))
+    ]
+    return {"num_labels": sizes[-1]} if sizes else {}
 
 
 def _too_many_words(folder: Path, base: Any) -> str | None:

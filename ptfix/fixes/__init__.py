@@ -7,12 +7,16 @@ from ptfix.fixes import (
     chat_template_saving,
     first_use_check,
     left_padded_forward,
+    padded_task_heads,
     prefix_checkpointing,
     prefix_forward,
     prefix_sizes,
+    prefix_task_heads,
     prefix_tensor_parallel,
     sharded_prompt_saving,
     soft_prompt_generate,
+    task_head_outputs,
+    task_heads_built,
     trainer_tokenizer,
 )
 from ptfix.patching import Fix
@@ -23,6 +27,10 @@ ALL: tuple[Fix, ...] = (
     prefix_checkpointing.FIX,
     prefix_tensor_parallel.FIX,
     left_padded_forward.FIX,
+    task_heads_built.FIX,
+    prefix_task_heads.FIX,
+    task_head_outputs.FIX,
+    padded_task_heads.FIX,  # around task_head_outputs: moves labels and outputs of real tokens
     soft_prompt_generate.FIX,
     sharded_prompt_saving.FIX,
     active_adapters.FIX,

@@ -7,7 +7,6 @@ keep the old ones.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     from ptfix.soft_prompts import training
     from ptfix.soft_prompts.adapter import active_config, has_soft_prompt
 
-    names = tuple(inspect.signature(original).parameters)[1:]
+    by_name = training.by_name(original)
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -27,7 +26,7 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             if active_config(self).is_prompt_learning:
                 training.say_that_graphs_keep_padding()
             return original(self, *args, **kwargs)
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = by_name(args, kwargs)
         pads = training.is_left_padded(given) if has_soft_prompt(self) else None
         if pads is None:
             return original(self, *args, **kwargs)

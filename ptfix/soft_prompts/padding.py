@@ -16,6 +16,11 @@ def left_pads(attention_mask: torch.Tensor) -> torch.Tensor | None:
     return (attention_mask.cumsum(-1) == 0).sum(-1)
 
 
+def right_pads(attention_mask: torch.Tensor) -> torch.Tensor:
+    """How many trailing zeros each row of ``attention_mask [batch, tokens]`` has: ``[batch]``."""
+    return (attention_mask.flip(-1).cumsum(-1) == 0).sum(-1)
+
+
 def roll(rows: torch.Tensor, shifts: torch.Tensor, dim: int = 1) -> torch.Tensor:
     """Roll each of ``rows [batch, ...]`` along `dim` by its own ``shifts [batch]`` places to the right."""
     dim = dim % rows.dim()

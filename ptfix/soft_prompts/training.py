@@ -24,9 +24,6 @@ logger = logging.getLogger("ptfix")
 #: Takes the base model and the keyword arguments peft calls it with, returns what is to be called instead.
 Change = Callable[[Any, dict[str, Any]], tuple[Any, dict[str, Any]]]
 
-#: Outputs with one row per position of the text; attentions have two such dimensions.
-_PER_TOKEN = ("logits", "hidden_states", "attentions")
-
 
 def is_left_padded(given: dict[str, Any]) -> torch.Tensor | None:
     """How many pads stand left of each row ``[batch]``, or None where no row has any or the call is of another kind.
@@ -41,6 +38,12 @@ def is_left_padded(given: dict[str, Any]) -> torch.Tensor | None:
     return padding.left_pads(mask)
 
 
+def by_name(forward: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]]:
+    """What turns the arguments of a method ``forward(self, ...)`` into arguments by name."""
+    names = tuple(inspect.signature(forward).parameters)[1:]
+    return lambda args, kwargs: {**dict(zip(names, args, strict=False)), **kwargs}
+
+
 def is_traced() -> bool:
     """Is torch.compile building a graph of this call?"""
     return bool(torch.compiler.is_compiling())
@@ -48,10 +51,11 @@ def is_traced() -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # runs while a graph is built, not in it
 def say_that_graphs_keep_padding() -> None:
-    """Warn, once in a process, that a compiled forward() trains left-padded rows as the host does."""
+    """Warn, once in a process, that a compiled forward() trains padded rows as the host does."""
     _say_once(
-        "torch.compile: a compiled forward() cannot move padding that stands left of a text. Pad on the right "
-        "(tokenizer.padding_side = 'right'), or left-padded rows are trained at other positions than alone."
+        "torch.compile: a compiled forward() cannot move padding that stands left of a text, nor read the class of a "
+        "right-padded text at its last token. Pad language models on the right (tokenizer.padding_side = 'right') and "
+        "give classifiers rows of equal length, or padded rows are trained otherwise than alone."
     )
 
 
@@ -61,30 +65,34 @@ def _say_once(sentence: str) -> None:
 
 
 def padding_on_the_right(
-    forward: Callable[..., Any], peft_model: Any, given: dict[str, Any], pads: torch.Tensor
+    forward: Callable[..., Any],
+    peft_model: Any,
+    given: dict[str, Any],
+    pads: torch.Tensor,
+    per_token: tuple[str, ...] = ("logits",),
+    per_row: tuple[str, ...] = (),
 ) -> Any:
-    """Call ``forward(peft_model, **given)`` with the padding of each row behind its text, as a causal model cannot see
-    it there; positions and distances are then those of the row alone (peft#1093). Outputs come back in the caller's
-    order.
+    """Call ``forward(peft_model, **given)`` with the padding of each row behind its text. A causal model cannot see it
+    there, an encoder masks it; positions and distances are then those of the row alone (peft#1093). Outputs come back
+    in the caller's order.
 
     Args:
         given: forward()'s arguments by name.
         pads: ``[batch]``, how many pads stand left of each row.
+        per_token: which outputs have one row per token, beside hidden states and attentions.
+        per_row: arguments that say something of a whole row, whatever their shape.
     """
     shape = given["attention_mask"].shape
     moved = {
         name: padding.roll(value, -pads)
-        if isinstance(value, torch.Tensor) and (value.shape == shape or name == "inputs_embeds")
+        if isinstance(value, torch.Tensor) and name not in per_row and (value.shape == shape or name == "inputs_embeds")
         else value
         for name, value in given.items()
     }
     keep = next((moved.pop(name) for name in ("logits_to_keep", "num_logits_to_keep") if name in moved), 0)
-    config = peft_model.base_model.config
-    as_tuple = given.get("return_dict") is False or (
-        given.get("return_dict") is None and not getattr(config, "return_dict", True)
-    )
+    as_tuple = wants_tuple(peft_model, given)
     outputs = forward(peft_model, **{**moved, "return_dict": True})
-    for name in _PER_TOKEN:
+    for name in (*per_token, "hidden_states", "attentions"):
         if outputs.get(name) is not None:
             outputs[name] = _moved_back(outputs[name], pads, shape[1])
     if not isinstance(keep, int) or keep:
@@ -94,6 +102,13 @@ def padding_on_the_right(
         # In the order in which generate() fills a cache, so that both can be continued.
         outputs[held] = caches.rolled(outputs[held], pads)
     return outputs.to_tuple() if as_tuple else outputs
+
+
+def wants_tuple(peft_model: Any, given: dict[str, Any]) -> bool:
+    """Does the caller of forward() want its outputs as a tuple?"""
+    if given.get("return_dict") is not None:
+        return not given["return_dict"]
+    return not getattr(peft_model.base_model.config, "return_dict", True)
 
 
 def _moved_back(value: Any, pads: torch.Tensor, tokens: int) -> Any:
@@ -127,6 +142,7 @@ def with_base_call(peft_model: Any, change: Change) -> Any:
             module, kwargs = each(module, kwargs)
         return module.forward(**kwargs)
 
+    forward.__signature__ = inspect.signature(real.forward)  # type: ignore[attr-defined]  # peft looks at it
     view = views.shallow(peft_model)
     view._modules["base_model"] = views.shallow(base, forward=forward, _ptfix_changes=changes, _ptfix_origin=real)
     return view

@@ -27,6 +27,14 @@ def shallow(module: Any, **attributes: Any) -> Any:
     return view
 
 
+def bound(module: Any, **attributes: Any) -> Any:
+    """A view of one module on which its own functions run, also those that accelerate has hung on the module."""
+    view = shallow(module)
+    view.__dict__.update({name: _moved(value, {id(module): view}) for name, value in view.__dict__.items()})
+    view.__dict__.update(attributes)
+    return view
+
+
 def tree(module: Any, edit: Callable[[Any, torch.nn.Module], None]) -> Any:
     """A view of a module and of all below it; ``edit(view, module)`` sets each view's attributes."""
     view = shallow(module)

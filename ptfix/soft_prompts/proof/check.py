@@ -17,13 +17,15 @@ import torch
 
 from ptfix import errors, models
 from ptfix.soft_prompts.adapter import SoftPrompt, active_config, has_soft_prompt
-from ptfix.soft_prompts.proof import reference
+from ptfix.soft_prompts.proof import reference, task_heads
 
 #: What an adapter of many tasks is checked with.
 _TASK = 0
 
 _NO_EFFECT = "the soft prompt has no effect: its own training forward answers exactly as the base model"
 _IGNORED = "generate() ignores the soft prompt: it answers as the base model does, not as was trained"
+_PADDED = "a row padded on the {side} gets another answer than alone: it {how}"
+_HEAD_GOOD = "the soft prompt acts, and a padded row gets what it gets alone"
 _GOOD = "the soft prompt acts, and generate() says what the training forward says"
 
 
@@ -46,15 +48,18 @@ class Check:
 
 
 def check(peft_model: Any, input_ids: torch.Tensor | None = None, new_tokens: int = 4) -> Check:
-    """Compare generate() with the training forward, and both with the base model, on one row.
+    """Compare generate() with the training forward, and both with the base model, on one row; of a task head the
+    answer to a padded row with that to the row alone.
 
     The model comes back as it was: mode, random state, generation settings, gradients.
 
     Args:
-        peft_model: with an active decoder-only soft prompt, also wrapped by DDP or torch.compile.
+        peft_model: with an active soft prompt, of a decoder or an encoder, also wrapped by DDP or torch.compile.
         input_ids: ``[1, tokens]`` without padding; None: a few tokens of the vocabulary.
     """
     peft_model = models.unwrap(peft_model)
+    if task_heads.is_head(peft_model):
+        return _check_head(peft_model, input_ids)
     asked = Asked(peft_model, new_tokens)
     base = peft_model.base_model
     row = models.any_row(base, seed=0) if input_ids is None else input_ids.to(asked.device)
@@ -78,6 +83,17 @@ def check(peft_model: Any, input_ids: torch.Tensor | None = None, new_tokens: in
     if at is not None:
         return Check(True, False, at, f"generate() leaves the training forward at new token {at + 1}")
     return Check(True, True, None, _GOOD)
+
+
+def _check_head(peft_model: Any, input_ids: torch.Tensor | None) -> Check:
+    row = models.any_row(peft_model.base_model, seed=0) if input_ids is None else input_ids
+    with comparing():
+        found = task_heads.judge(peft_model, row.to(peft_model.base_model.get_input_embeddings().weight.device))
+    if not found.acts:
+        return Check(False, not found.wrong, None, _NO_EFFECT)
+    for side, how in found.wrong.items():
+        return Check(True, False, None, _PADDED.format(side=side, how=how))
+    return Check(True, True, None, _HEAD_GOOD)
 
 
 def misfit(config: Any, base: Any, text: int = 1) -> str | None:

@@ -165,6 +165,65 @@ def left_padding_fault() -> str | None:
 
 
 @aside()
+def classifier_fault() -> str | None:
+    """Can no adapter be put on a classifier?"""
+    try:
+        _classifier()
+    except Exception as error:
+        return f"an adapter on a classifier raises {type(error).__name__}"
+    return None
+
+
+@aside()
+def padded_class_fault() -> str | None:
+    """Does a task head answer a padded row otherwise than the row alone?"""
+    ids = torch.tensor([[0, 0, 5, 6, 7, 8, 9, 0, 0]])
+    mask = (ids != 0).long()
+    left, right, alone = slice(0, 7), slice(2, 9), slice(2, 7)
+    features = _feature_model()
+    padded, real = _features(features, ids[:, left], mask[:, left]), _features(features, ids[:, alone])
+    if not torch.allclose(padded[:, -5:], real[:, -5:], atol=1e-4):
+        return "padding on the left changes the features of a text"
+    if classifier_fault() is not None:  # peft 0.13: until another fix is on, there is nothing to ask
+        return None
+    model = _classifier()
+    if not torch.allclose(_class_of(model, ids[:, right], mask[:, right]), _class_of(model, ids[:, alone]), atol=1e-4):
+        return "padding on the right changes the class of a text"
+    return None
+
+
+@aside()
+def token_outputs_fault() -> str | None:
+    """Are there outputs for virtual tokens among those for the tokens of a text?"""
+    rows = _features(_feature_model(), torch.tensor([[5, 6, 7]])).shape[1]
+    return None if rows == 3 else "virtual tokens are counted among the tokens of a text"
+
+
+@aside()
+def prefix_class_fault() -> str | None:
+    """Does prefix tuning of a classifier raise?"""
+    model = _classifier(is_prefix=True)
+    try:
+        _class_of(model, torch.tensor([[5, 6, 7]]))
+    except Exception as error:
+        return f"prefix tuning of a classifier raises {type(error).__name__}"
+    return None
+
+
+def _class_of(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    return _said(model, ids, mask).logits
+
+
+def _features(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    return _said(model, ids, mask).last_hidden_state
+
+
+def _said(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> Any:
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids) if mask is None else mask)
+
+
+@aside()
 def full_attention_prefix_fault() -> str | None:
     """Does the training forward of a prefix raise, or leave it out? Where all layers look back to the start (llama)."""
     return _prefix_fault("", _prefix_tuned())
@@ -291,11 +350,17 @@ def split_prefix_fault() -> str | None:
     return None
 
 
-def _prefix_config() -> Any:
+def _prompt_config(task: str = "CAUSAL_LM") -> Any:
+    from peft import PromptTuningConfig
+
+    return PromptTuningConfig(task_type=task, num_virtual_tokens=_VIRTUAL_TOKENS)
+
+
+def _prefix_config(task: str = "CAUSAL_LM") -> Any:
     from peft import PrefixTuningConfig
 
     return PrefixTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=_VIRTUAL_TOKENS, num_layers=1, num_attention_heads=2, token_dim=8
+        task_type=task, num_virtual_tokens=_VIRTUAL_TOKENS, num_layers=1, num_attention_heads=2, token_dim=8
     )
 
 
@@ -311,9 +376,7 @@ _TWO = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "synced_gpus
 
 @cache
 def _prompt_tuned() -> Any:
-    from peft import PromptTuningConfig
-
-    return tiny(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=_VIRTUAL_TOKENS))
+    return tiny(_prompt_config())
 
 
 @cache
@@ -321,7 +384,18 @@ def _prefix_tuned() -> Any:
     return tiny(_prefix_config())
 
 
-def tiny(config: Any, family: str = "Llama", **fields: Any) -> Any:
+@cache
+def _feature_model() -> Any:
+    return tiny(_prompt_config("FEATURE_EXTRACTION"), head="Model")
+
+
+@cache
+def _classifier(is_prefix: bool = False) -> Any:
+    config = _prefix_config("SEQ_CLS") if is_prefix else _prompt_config("SEQ_CLS")
+    return tiny(config, head="ForSequenceClassification")
+
+
+def tiny(config: Any, family: str = "Llama", head: str = "ForCausalLM", **fields: Any) -> Any:
     import transformers
     from peft import get_peft_model
 
@@ -339,7 +413,7 @@ def tiny(config: Any, family: str = "Llama", **fields: Any) -> Any:
         **fields,
     )
     with _PrivateRandom():
-        model = getattr(transformers, f"{family}ForCausalLM")(sizes)
+        model = getattr(transformers, f"{family}{head}")(sizes)
         # Cast twice: peft notes the dtype of what it wraps, and makes the soft prompt in the default one.
         wrapped = get_peft_model(model.float(), config).float()
     generator = torch.Generator().manual_seed(0)

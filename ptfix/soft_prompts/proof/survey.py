@@ -16,7 +16,7 @@ import torch
 from ptfix import errors, models
 from ptfix.soft_prompts import caches
 from ptfix.soft_prompts.adapter import SoftPrompt
-from ptfix.soft_prompts.proof import check
+from ptfix.soft_prompts.proof import check, task_heads
 from ptfix.soft_prompts.proof.check import Answer, Asked
 
 EXACT = "exact"
@@ -43,8 +43,13 @@ class Outcome:
 
 
 def survey(peft_model: Any, new_tokens: int = 6) -> list[Outcome]:
-    """Judge every mode. The model comes back as it was."""
+    """Judge every mode; of a task head the answers to padded rows. The model comes back as it was."""
     peft_model = models.unwrap(peft_model)
+    if task_heads.is_head(peft_model):
+        with check.comparing():
+            wrong = task_heads.judge(peft_model, models.any_row(peft_model.base_model, seed=0)).wrong
+        sides = {side: wrong.get(side, "") for side in ("left", "right")}
+        return [Outcome(f"padded on the {side}", WRONG if how else EXACT, how) for side, how in sides.items()]
     asked = _Asked(peft_model, new_tokens, length=SoftPrompt(peft_model).length)
     bare = _Asked(peft_model.base_model, new_tokens, length=asked.length)
     with check.isolated(peft_model):
