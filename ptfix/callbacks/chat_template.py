@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ptfix import errors, models
-from ptfix.callbacks.problems import OnProblem, Problems
+from ptfix.callbacks.problems import OnProblem, Problems, never_ends_a_run
 from ptfix.chat_templates import choosing, files, parity, readers, saving
 
 logger = logging.getLogger("ptfix")
@@ -24,6 +24,7 @@ class ChatTemplateError(RuntimeError):
     """A checkpoint's template is wrong and cannot be mended, or inference will not read what training reads."""
 
 
+@never_ends_a_run("the chat template could not be checked")
 class ChatTemplateCallback(TrainerCallback):  # type: ignore[misc]  # the hosts are untyped here
     """Register the Trainer's tokenizer or processor, check the first batch, and check each checkpoint on disk.
 

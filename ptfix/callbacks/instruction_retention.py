@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ptfix import errors, models
+from ptfix import models
+from ptfix.callbacks.problems import Problems, never_ends_a_run
 from ptfix.callbacks.running import trainer_of
 from ptfix.chat_templates import saving
 from ptfix.sequence_length import retention
@@ -22,6 +23,7 @@ logger = logging.getLogger("ptfix")
 ANSWERS = "instruction_retention.json"
 
 
+@never_ends_a_run("instruction retention is not measured")
 class InstructionRetentionCallback(TrainerCallback):  # type: ignore[misc]  # the hosts are untyped here
     """Remember the base's answers to short instructions when training begins; compare at each evaluation and the end.
 
@@ -31,7 +33,7 @@ class InstructionRetentionCallback(TrainerCallback):  # type: ignore[misc]  # th
 
     The base is the model with its adapter disabled; without an adapter, the model as training begins, whose answers are
     kept in the output directory for a resumed run. It costs a short generation for each instruction, once, and a
-    forward pass of a few short rows for each comparison.
+    forward pass of a few short rows for each comparison. A comparison that fails is left out.
 
     Args:
         instructions: texts, asked as the chat template asks, or rows of token ids. None: a few that ptfix brings.
@@ -58,23 +60,22 @@ class InstructionRetentionCallback(TrainerCallback):  # type: ignore[misc]  # th
         if new_tokens < 1 or top < 1:
             raise ValueError(f"new_tokens is {new_tokens} and top {top}; both must be at least 1.")
         self.alert_kl, self.base, self.new_tokens, self.top = alert_kl, base, new_tokens, top
+        self._problems = Problems()
         self._memories: list[retention.Memory] = []
         self._told: list[retention.Memory] = []  # by the base that was given
         self._compared_at: int | None = None
         self._alerted = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._compared_at, self._alerted = None, False
+        self._problems.begin()
+        self._memories, self._compared_at, self._alerted = [], None, False
         if not state.is_world_process_zero:
             return
         if models.is_sharded(args, kwargs["model"]):
             logger.warning("instruction retention is not measured: each process holds only a part of the weights.")
             return
-        try:
-            self._memories = self._remembered(models.unwrap(kwargs["model"]), args, state, kwargs)
-        except Exception as error:  # the training must not be lost; but nobody shall believe that it is watched
-            self._memories = []
-            logger.warning("instruction retention is not measured: %s", errors.one_line(error))
+        trainer_of(self)  # without one the numbers could not be logged, so nothing is asked
+        self._memories = self._remembered(models.unwrap(kwargs["model"]), args, state, kwargs)
         self._compare(state, kwargs)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -110,15 +111,20 @@ class InstructionRetentionCallback(TrainerCallback):  # type: ignore[misc]  # th
         with models.undisturbed(model), model.disable_adapter() if adapted else contextlib.nullcontext():
             memories = retention.remember(model, prompts, self.new_tokens, self.top, models.stop_tokens(model, plain))
         if args.should_save and not adapted:
-            retention.save(memories, kept)
+            with self._problems.guarded("the base's answers were not written, so a resumed run will not have them"):
+                retention.save(memories, kept)
         return memories
 
     def _compare(self, state: Any, given: dict[str, Any]) -> None:
         if not self._memories or self._compared_at == state.global_step:
             return
         self._compared_at = state.global_step
-        found = retention.compare(models.unwrap(given["model"]), self._memories)
-        trainer_of(self).log({f"retention_{name}": value for name, value in asdict(found).items()})
+        with self._problems.guarded("instruction retention was not measured, and is tried again at the next time"):
+            found = retention.compare(models.unwrap(given["model"]), self._memories)
+            trainer_of(self).log({f"retention_{name}": value for name, value in asdict(found).items()})
+            self._judge(found)
+
+    def _judge(self, found: retention.Kept) -> None:
         above = self.alert_kl is not None and not found.kl <= self.alert_kl
         if above and not self._alerted:
             logger.warning(

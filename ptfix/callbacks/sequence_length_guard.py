@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ptfix import errors, models
-from ptfix.callbacks.problems import OnProblem, Problems
+from ptfix.callbacks.problems import OnProblem, Problems, never_ends_a_run
 from ptfix.chat_templates import choosing
 from ptfix.sequence_length import context, judgement, parity, rows
 from ptfix.soft_prompts import adapter
@@ -21,11 +21,13 @@ class SequenceLengthError(RuntimeError):
     """The run would crash or learn nothing because of the length of its rows, or (when asked) any other problem."""
 
 
+@never_ends_a_run("the sequence length could not be checked")
 class SequenceLengthGuardCallback(TrainerCallback):  # type: ignore[misc]  # the hosts are untyped here
     """Compare the training rows with what the model can do, when training begins. Silent about encoder-decoders.
 
-    What must crash (a row longer than a table of positions) or teaches nothing (no label anywhere) is always an error.
-    Everything else is a warning with numbers and advice.
+    A run that is certain to crash (it comes to a row longer than a table of positions) or to learn nothing (no row has
+    a label) ends with an error before its first step. Everything else is a warning with numbers and advice; so is
+    whatever was found without a look at every row: there is time for a few seconds' look only.
 
     Args:
         on_problem: ``"warn"`` through ``logging.getLogger("ptfix")``, or ``"raise"`` a `SequenceLengthError`.
@@ -58,33 +60,44 @@ class SequenceLengthGuardCallback(TrainerCallback):  # type: ignore[misc]  # the
         if model is None or not hasattr(config, "to_dict") or getattr(config, "is_encoder_decoder", False):
             return
         model = models.unwrap(model)
-        try:
-            plan = self._plan(args, model, kwargs.get("train_dataloader"))
-            found = judgement.judge(plan)
-        except Exception as error:  # a config of a kind of its own; nobody shall believe that it was found good
-            self._warn(state, [f"the sequence length could not be checked: {errors.one_line(error)}"])
-            return
-        if found.errors:  # in every process, or the others would wait for this one
+        dataloader = kwargs.get("train_dataloader")
+        looked = rows.look(getattr(dataloader, "dataset", None), getattr(dataloader, "collate_fn", None))
+        plan = self._plan(args, state, model, looked if looked is not None and looked.seen else None)
+        found = judgement.judge(plan)
+        if found.errors:  # in every process: one that ends alone would leave the others waiting for it
             raise SequenceLengthError("; ".join(found.errors))
         if not state.is_world_process_zero:
             return
         logger.info("sequence length: %s", plan.context.to_dict())
-        self._warn(state, [*found.warnings, *(self._probed(args, model, plan) if self.probes else [])])
+        if looked is not None and looked.fault is not None:
+            self._problems.say(f"the sequence length was checked without some rows: {looked.fault}")
+        self._problems.tell(*found.warnings, *(self._probed(args, model, plan) if self.probes else []))
 
-    def _plan(self, args: Any, model: Any, dataloader: Any) -> judgement.Plan:
+    def _plan(self, args: Any, state: Any, model: Any, looked: rows.Rows | None) -> judgement.Plan:
         live = context.read(model.config.to_dict())
         said = getattr(args, "max_length", None) or getattr(args, "max_seq_length", None)
         return judgement.Plan(
             context=live,
             own=_checkpoint(model),
-            rows=rows.look(getattr(dataloader, "dataset", None), getattr(dataloader, "collate_fn", None)),
+            rows=looked,
             virtual_tokens=_virtual_tokens(model),
             max_length=self.max_length or (said if isinstance(said, int) else None),
             max_length_is_promised=self.max_length is not None,
             packed=getattr(args, "packing", None),
+            takes_every_row=looked is not None and _takes_every_row(args, state, looked.total),
         )
 
     def _probed(self, args: Any, model: Any, plan: judgement.Plan) -> list[str]:
+        """What forward passes find. What they cannot find out does not hide what the numbers have found."""
+        try:
+            found = self._probe(args, model, plan)
+        except Exception as error:
+            found = parity.Findings(skipped=[f"the sequence length was not probed: {errors.one_line(error)}"])
+        for sentence in found.skipped:
+            self._problems.say(sentence)
+        return found.problems
+
+    def _probe(self, args: Any, model: Any, plan: judgement.Plan) -> parity.Findings:
         boundary, own_config, table = plan.context.boundary, None, plan.context.hard_limit
         if boundary is not None and plan.longest + plan.virtual_tokens <= boundary:
             boundary = None  # no row gets there
@@ -93,21 +106,24 @@ class SequenceLengthGuardCallback(TrainerCallback):  # type: ignore[misc]  # the
         if plan.own is not None and plan.context.rope.differs_from(plan.own.rope):
             own_config = _config_of(model)
         if boundary is None and own_config is None:
-            return []
+            return parity.Findings()
         # Weights on the meta device are loaded by accelerate when they are needed.
         if models.is_sharded(args, model) or any(one.device.type == "meta" for one in model.parameters()):
-            logger.warning("the model is sharded, so its sequence length was judged by config and rows, without probes")
-            return []
+            why = "the model is sharded, so its sequence length was judged by config and rows, without probes"
+            return parity.Findings(skipped=[why])
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         ids = plan.rows.seen[0].ids if plan.rows is not None else ()
-        found = parity.probe(base, boundary, own_config, ids, self.probe_seconds)
-        for sentence in found.skipped:
-            logger.warning(sentence)
-        return found.problems
+        return parity.probe(base, boundary, own_config, ids, self.probe_seconds)
 
-    def _warn(self, state: Any, sentences: list[str]) -> None:
-        if state.is_world_process_zero:
-            self._problems.tell(*sentences)
+
+def _takes_every_row(args: Any, state: Any, total: int) -> bool:
+    """Is the run sure to come to each row? Not where it is resumed, or shorter than an epoch."""
+    if state.global_step or args.dataloader_drop_last:
+        return False
+    if args.max_steps <= 0:
+        return bool(args.num_train_epochs >= 1)
+    rows_in_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return bool(args.max_steps * rows_in_a_step >= total)
 
 
 def _virtual_tokens(model: Any) -> int:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import TrainerCallback
 
-from ptfix import errors, models
-from ptfix.callbacks.problems import OnProblem, Problems
-
-logger = logging.getLogger("ptfix")
+from ptfix import models
+from ptfix.callbacks.problems import OnProblem, Problems, never_ends_a_run
+from ptfix.sequence_length import rows
 
 #: Enough text to be typical, little enough to cost nothing.
 _ROW_LENGTH = 32
@@ -22,6 +20,7 @@ class SoftPromptError(RuntimeError):
     """A trained soft prompt does not act, or generate() does not say what was trained."""
 
 
+@never_ends_a_run("the soft prompt could not be checked")
 class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]  # the hosts are untyped here
     """Check a soft prompt when training ends: it acts, and generate() says what the training forward says; a task head
     gives a padded row what it gives the row alone.
@@ -45,11 +44,9 @@ class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]  # the hosts ar
     ) -> None:
         self._problems = Problems(on_problem, SoftPromptError)
         self.every_save, self.new_tokens, self.rows = every_save, new_tokens, rows
-        self._left_out = False  # said in this run
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._problems.begin()
-        self._left_out = False
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.every_save:
@@ -63,20 +60,12 @@ class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]  # the hosts ar
         if model is None or not state.is_world_process_zero:
             return
         if models.is_sharded(args, given["model"]):
-            if not self._left_out:
-                logger.warning(
-                    "the soft prompt was not checked: each process holds only a part of the weights. "
-                    "`ptfix verify` checks the saved adapter."
-                )
-            self._left_out = True
+            self._problems.say(
+                "the soft prompt was not checked: each process holds only a part of the weights. "
+                "`ptfix verify` checks the saved adapter."
+            )
             return
-        try:
-            problem = self._problem(model, given.get("train_dataloader"))
-        except Exception as error:
-            if self._problems.raises:
-                raise
-            # The training is done and must not be lost; but nobody shall believe that the prompt was found good.
-            problem = f"the soft prompt could not be checked: {errors.one_line(error)}"
+        problem = self._problem(model, given.get("train_dataloader"))
         if problem is not None:
             self._problems.tell(problem)
 
@@ -85,16 +74,21 @@ class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]  # the hosts ar
 
         from ptfix.soft_prompts.proof import check
 
-        rows = self.rows
-        if rows is None:
-            with models.undisturbed_randomness():  # a data set may draw random numbers
-                rows = [_first_row(dataloader, model.base_model)]
-        for row in rows:
+        for row in [self._first_row(model.base_model, dataloader)] if self.rows is None else self.rows:
             ids = torch.tensor([list(row)]) if row else None
             result = check.check(model, ids, self.new_tokens)
             if not result.good:
                 return result.sentence + (_advice() if result.acts else "")
         return None
+
+    def _first_row(self, base: Any, dataloader: Any) -> Sequence[int]:
+        """The beginning of the first training row; empty where there is none, or none that looks like token ids."""
+        looked = rows.look(getattr(dataloader, "dataset", None), seconds=0, keep=_ROW_LENGTH)
+        if looked is not None and looked.fault is not None and not looked.seen:
+            self._problems.say(f"the soft prompt is checked with tokens without a meaning: {looked.fault}")
+        ids = looked.seen[0].ids if looked is not None and looked.seen else ()
+        vocabulary = base.get_input_embeddings().weight.shape[0]
+        return ids if all(0 <= token < vocabulary for token in ids) else ()
 
 
 def _soft_prompted(model: Any) -> Any:
@@ -109,21 +103,6 @@ def _soft_prompted(model: Any) -> Any:
         return None
     acts = adapter.has_soft_prompt(model) or (heads.of(model) is not None and heads.has_soft_prompt(model))
     return model if acts else None
-
-
-def _first_row(dataloader: Any, base: Any) -> list[int]:
-    """The beginning of the first training row; empty where there is none, or none that looks like token ids."""
-    try:
-        # Not through the dataloader, which would start its workers and move its sampler.
-        row = dataloader.dataset[0]
-        ids, mask = row["input_ids"], row.get("attention_mask")
-        ids = [int(token) for token in ids]
-        if mask is not None:
-            ids = [token for token, real in zip(ids, mask, strict=True) if real]
-    except Exception:  # any class of data set is allowed here, also one without rows
-        return []
-    vocabulary = base.get_input_embeddings().weight.shape[0]
-    return ids[:_ROW_LENGTH] if all(0 <= token < vocabulary for token in ids) else []
 
 
 def _advice() -> str:

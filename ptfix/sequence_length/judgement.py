@@ -19,6 +19,7 @@ class Plan:
     max_length: int | None = None
     max_length_is_promised: bool = False  #: the user told the guard, so rows of that length will come
     packed: bool | None = None  #: are several rows put into one of max_length? None: not known
+    takes_every_row: bool = True  #: is the run long enough to train on each row?
 
     @property
     def longest(self) -> int:
@@ -34,7 +35,7 @@ class Plan:
 
 @dataclass
 class Judgement:
-    """Sentences. Errors: the run crashes, or learns nothing. Warnings: it may not learn what was meant."""
+    """Sentences. Errors: the run is certain to crash or to learn nothing. Warnings: it may not learn what was meant."""
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -63,14 +64,21 @@ def _hard_table(plan: Plan, found: Judgement) -> None:
     table = f"the model has a table of {limit.value} positions ({limit.source}){adapter}: "
     advice = f"Cut rows to {room} tokens (max_length={room})" if room > 0 else "No room is left for text"
     advice += ", or use fewer virtual tokens" if plan.virtual_tokens else ""
-    seen = 0
-    if plan.rows is not None:
-        seen = plan.rows.widest if plan.context.padding_counts else plan.rows.longest
-    if seen > room or (plan.max_length_is_promised and (plan.max_length or 0) > room):
-        length = max(seen, plan.max_length or 0) if plan.max_length_is_promised else seen
-        found.errors.append(f"{table}rows of {length} tokens end training with an error. {advice}")
+    seen = plan.rows.seen if plan.rows is not None else ()
+    lengths = [row.width if plan.context.padding_counts else row.length for row in seen]
+    longest = max(lengths, default=0)
+    certain = plan.rows is not None and plan.rows.complete and (plan.takes_every_row or min(lengths) > room)
+    promised = (plan.max_length or 0) if plan.max_length_is_promised else 0
+    if promised > room or (longest > room and certain):
+        found.errors.append(f"{table}rows of {max(longest, promised)} tokens end training with an error. {advice}")
     elif room <= 0:
         found.errors.append(f"{table}any row ends training with an error. {advice}")
+    elif longest > room:
+        share = sum(length > room for length in lengths) / len(lengths)
+        found.warnings.append(
+            f"{table}{share:.1%} of {plan.rows} have more, the longest {longest}; training ends with an error when it "
+            f"comes to such a row. {advice}"
+        )
     elif plan.max_length is not None and plan.longest > room:
         found.warnings.append(
             f"{table}max_length={plan.max_length} lets rows through that end training with an error, and not every "
@@ -89,7 +97,7 @@ def _trained_context(plan: Plan, found: Judgement) -> None:
     but = f" (the {declared} that the config declares is for inference)" if declared and declared != trained else ""
     if share and plan.rows is not None:
         found.warnings.append(
-            f"{share:.1%} of {len(plan.rows.seen)} rows looked at are longer than {limit} tokens, the longest "
+            f"{share:.1%} of {plan.rows} are longer than {limit} tokens, the longest "
             f"{plan.rows.longest}; the model was trained on {trained}{less}{but}. Cut them (max_length={limit}), "
             "split them, or take a model with a longer context; to train beyond needs much long data"
         )
@@ -138,12 +146,12 @@ def _length_and_data(plan: Plan, found: Judgement) -> None:
     if plan.max_length > 2 * most and matters and not plan.packed:
         found.warnings.append(
             f"max_length={plan.max_length} is {plan.max_length / max(1, most):.0f} times what the data needs: 99% of "
-            f"{len(plan.rows.seen)} rows looked at have at most {most} tokens, the longest {plan.rows.longest}. "
+            f"{plan.rows} have at most {most} tokens, the longest {plan.rows.longest}. "
             "A length near that leaves the model's positions as they are"
         )
     if cut:
         found.warnings.append(
-            f"{cut:.1%} of {len(plan.rows.seen)} rows looked at end exactly at max_length={plan.max_length}: they were "
+            f"{cut:.1%} of {plan.rows} end exactly at max_length={plan.max_length}: they were "
             "cut, most likely in the middle of an answer, which then has no end of turn. Split or drop such rows"
         )
 
@@ -151,15 +159,15 @@ def _length_and_data(plan: Plan, found: Judgement) -> None:
 def _labels(plan: Plan, found: Judgement) -> None:
     if plan.rows is None or not plan.rows.masked:
         return
-    share, seen = plan.rows.masked, len(plan.rows.seen)
+    share = plan.rows.masked
     advice = (
         "look for answers cut away by max_length, and for a response template that the collator does not find in the "
         "tokens"
     )
-    if share == 1:
-        found.errors.append(f"nothing is trained on: all labels of all {seen} rows looked at are -100; {advice}")
+    if share == 1 and plan.rows.complete:
+        found.errors.append(f"nothing is trained on: all labels of all {plan.rows} are -100; {advice}")
     else:
         found.warnings.append(
-            f"{share:.1%} of {seen} rows looked at train nothing, all their labels are -100 (a batch of them has the "
+            f"{share:.1%} of {plan.rows} train nothing, all their labels are -100 (a batch of them has the "
             f"loss NaN): {advice}"
         )

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ptfix import models
+from ptfix import errors, models
 
 #: The label of a token that is not trained on, as every loss of transformers reads it.
 IGNORED = -100
@@ -34,6 +34,11 @@ class Rows:
 
     seen: tuple[Row, ...]
     total: int
+    fault: str | None = None  #: which rows could not be read, and why
+
+    def __str__(self) -> str:
+        """``4 rows looked at (of 1000)``"""
+        return f"{len(self.seen)} rows looked at" + ("" if self.complete else f" (of {self.total})")
 
     @property
     def complete(self) -> bool:
@@ -43,10 +48,6 @@ class Rows:
     @property
     def longest(self) -> int:
         return max(row.length for row in self.seen)
-
-    @property
-    def widest(self) -> int:
-        return max(row.width for row in self.seen)
 
     def percentile(self, share: float) -> int:
         """The length that a `share` of the rows does not exceed (nearest rank)."""
@@ -70,35 +71,58 @@ class Rows:
 def look(dataset: Any, collate: Any = None, seconds: float = 3.0, keep: int = 64) -> Rows | None:
     """Look at rows evenly spread over a data set, at all of them if `seconds` suffice.
 
+    Rows that cannot be read are passed over, and `Rows.fault` says so; then `seen` may be empty.
+
     Args:
         dataset: with a length and rows by index; of another kind, None is the answer: looking would use its rows up.
         collate: what makes batches of rows; each row is collated alone. None, or one that cannot: the row itself.
         seconds: when to stop.
         keep: how many token ids of a row to remember.
+
+    Returns:
+        None for data that are not rows with token ids.
     """
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or _is_stream(dataset):
+        return None
+    seen: list[Row] = []
+    unread: list[str] = []
     try:
         total = len(dataset)
-        with models.undisturbed_randomness():
-            first = _row(dataset[0], collate, keep) if total else None
-            if first is None:
-                return None
-            seen, deadline = [first], time.monotonic() + seconds
-            for index in _spread(total):
+    except Exception as error:
+        return Rows((), 0, f"the training data do not say how many rows they have ({errors.one_line(error)})")
+    deadline = math.inf
+    with models.undisturbed_randomness():
+        for index in _spread(total):
+            try:
                 row = _row(dataset[index], collate, keep)
-                if row is not None:
-                    seen.append(row)
-                if time.monotonic() > deadline:
-                    break
-    except Exception:  # any class of data set is allowed: a stream, or one with rows of a kind of its own
+            except Exception as error:  # any class of data set is allowed
+                unread.append(f"row {index} with {errors.one_line(error)}")
+            else:
+                if row is None and index == 0:
+                    return None
+                seen += [] if row is None else [row]
+            # The first row may take its time: some data sets are made when they are first asked.
+            deadline = min(deadline, time.monotonic() + seconds)
+            if time.monotonic() > deadline:
+                break
+    if not total:
         return None
-    return Rows(tuple(seen), total)
+    fault = f"{len(unread)} training rows could not be read, {unread[0]}" if unread else None
+    return Rows(tuple(seen), total, fault)
+
+
+def _is_stream(dataset: Any) -> bool:
+    """May it be read once only? torch gives its streams a ``__getitem__``, and some say how long they are."""
+    from torch.utils.data import IterableDataset
+
+    return isinstance(dataset, IterableDataset)
 
 
 def _spread(total: int) -> Iterator[int]:
-    """Every index but 0, the first 256 spread over all of them: whoever stops early has seen each part."""
+    """Every index, the first 256 spread over all of them: whoever stops early has seen each part."""
     step = max(1, -(-total // 256))
     for start in range(step):
-        yield from range(start or step, total, step)
+        yield from range(start, total, step)
 
 
 def _row(raw: Any, collate: Any, keep: int) -> Row | None:
@@ -109,14 +133,18 @@ def _row(raw: Any, collate: Any, keep: int) -> Row | None:
             return _measured({name: _plain(batch[name][0]) for name in _KEYS if batch.get(name) is not None}, keep)
         except Exception:  # some collators need a whole batch, or rows of a kind that only they know
             pass
-    return _measured({name: _plain(raw[name]) for name in _KEYS if name in raw and raw[name] is not None}, keep)
+    if not hasattr(raw, "keys"):
+        return None
+    return _measured({name: _plain(raw[name]) for name in _KEYS if name in raw}, keep)
 
 
 _KEYS = ("input_ids", "attention_mask", "labels", "position_ids")
 
 
-def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else list(value)
+def _plain(value: Any) -> list[Any] | None:
+    """What there is for each token; None where there is one for the row, such as the label of its class."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return list(value) if isinstance(value, list | tuple) else None
 
 
 def _measured(row: dict[str, Any], keep: int) -> Row | None:

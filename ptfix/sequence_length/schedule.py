@@ -37,10 +37,11 @@ class Growth:
             raise ValueError(f"the warmup takes {self.steps} steps; it must take at least 1.")
         if self.multiple < 1:
             raise ValueError(f"lengths are to be multiples of {self.multiple}; that must be at least 1.")
-        if not self.multiple <= self.start <= self.end:
+        least = max(2, self.multiple)  # a single token predicts nothing
+        if not least <= self.start <= self.end:
             raise ValueError(
                 f"the length is to grow from {self.start} to {self.end}; "
-                f"start must be at least {self.multiple} (the multiple), and end no less than start."
+                f"start must be at least {least} (2, and the multiple), and end no less than start."
             )
         if not self.degree >= 1:
             raise ValueError(f"the root's degree is {self.degree}; it must be at least 1 (1 is linear).")
@@ -65,8 +66,8 @@ class Stairs:
             raise ValueError(
                 f"the stairs begin at the steps {starts}; the first must be 0 and each later than the last."
             )
-        if min(length for _, length in self.stairs) < 1:
-            raise ValueError(f"the stairs {list(self.stairs)} hold a length below 1.")
+        if min(length for _, length in self.stairs) < 2:
+            raise ValueError(f"the stairs {list(self.stairs)} hold a length below 2; a single token predicts nothing.")
 
     def length(self, step: int) -> int:
         """The longest row allowed at optimizer step `step`, counted from 0."""

@@ -38,8 +38,10 @@ class CannotCut(ValueError):
     """A batch whose rows cannot be cut without changing what they mean."""
 
 
-def uncuttable(batch: Mapping[str, Any]) -> str | None:
+def uncuttable(batch: Any) -> str | None:
     """Why a batch allows only the mode ``order``; None where it can be cut."""
+    if not isinstance(batch, Mapping):
+        return f"the batch is a {type(batch).__name__}"
     for name in batch:
         for beginning, what in _UNCUTTABLE.items():
             if name.startswith(beginning):
@@ -77,8 +79,10 @@ def segmented(batch: MutableMapping[str, Any], length: int) -> MutableMapping[st
     return _windows(batch, length, segments=True)
 
 
-def tokens(batch: Mapping[str, Any]) -> tuple[int, int]:
+def tokens(batch: Any) -> tuple[int, int]:
     """How long the rows of a batch are, with padding, and how many tokens without padding it has; (0, 0) if unknown."""
+    if not isinstance(batch, Mapping):
+        return 0, 0
     ids: Any = batch.get("input_ids")
     mask: Any = batch.get("attention_mask")
     if getattr(ids, "ndim", 0) != 2:
@@ -93,6 +97,8 @@ def _windows(batch: MutableMapping[str, Any], length: int, segments: bool) -> Mu
     reason = uncuttable(batch)
     if reason is not None:
         raise CannotCut(f"{reason}, which cannot be cut to a shorter length; use mode='order'.")
+    if length < 2:
+        raise CannotCut(f"the schedule asks for a length of {length}, at which no token predicts another one.")
     ids = batch["input_ids"]
     if ids.shape[1] <= length:
         return batch

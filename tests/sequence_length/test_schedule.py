@@ -49,7 +49,8 @@ def test_it_never_shrinks_and_stays_within(start: int, more: int, steps: int, de
         (lambda: schedule.steps([]), "first must be 0"),
         (lambda: schedule.steps([(5, 64)]), "first must be 0"),
         (lambda: schedule.steps([(0, 64), (0, 128)]), "each later"),
-        (lambda: schedule.steps([(0, 0)]), "below 1"),
+        (lambda: schedule.steps([(0, 1)]), "below 2"),
+        (lambda: schedule.linear(1, 32, 5, multiple=1), "at least 2"),
     ],
 )
 def test_what_is_no_schedule_is_refused(make: Any, words: str) -> None:
