@@ -90,6 +90,12 @@ def _trained_context(plan: Plan, found: Judgement) -> None:
     trained = plan.context.train_mode_context
     if trained is None:
         return
+    if (
+        (found.errors or found.warnings)
+        and plan.context.hard_limit is not None
+        and plan.context.hard_limit.value <= trained.value
+    ):
+        return  # the table of positions has been spoken of, and is the same limit
     limit = trained.value - plan.virtual_tokens
     less = f" less {plan.virtual_tokens} virtual tokens" if plan.virtual_tokens else ""
     share = plan.rows.beyond(limit) if plan.rows is not None else 0.0

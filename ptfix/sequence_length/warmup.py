@@ -114,7 +114,9 @@ def _windows(batch: MutableMapping[str, Any], length: int, segments: bool) -> Mu
     cut = _take(batch, rows, (first + count.clamp(max=length) - length).clamp(min=0), length)
     labelled = _labelled(cut)
     if labelled is None:
-        answer = batch["labels"].ne(IGNORED)[:, 1:].long().argmax(dim=1)  # the token before the first label
+        # The token before the first label. That of a text's first token is no such label: only padding comes before it.
+        after_first = torch.arange(ids.shape[1], device=ids.device) > first[:, None]
+        answer = (batch["labels"].ne(IGNORED) & after_first)[:, 1:].long().argmax(dim=1)
         labelled = _labelled(_take(batch, rows, answer.minimum(first + count - length).clamp(min=0), length))
     return labelled or cut
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 import ptfix
 from ptfix.callbacks.sequence_length_guard import SequenceLengthError, SequenceLengthGuardCallback
@@ -69,10 +70,79 @@ def test_a_table_of_positions_is_not_overrun(family: str, virtual: int, tmp_path
     made = trainer(model(), [row(room + 1)], tmp_path)
     with pytest.raises((IndexError, RuntimeError, ValueError)):
         made.train()
-    made = trainer(model(), [row(5)] * 40 + [row(room + 1)], tmp_path, SequenceLengthGuardCallback(probes=False))
+    rows = [row(5)] * 40 + [row(room + 1)]
+    made = trainer(model(), rows, tmp_path, SequenceLengthGuardCallback(probes=False), max_steps=len(rows))
     with pytest.raises(SequenceLengthError, match=rf"table of {HARD_LIMIT} positions .*max_length={room}\b"):
         made.train()
     assert made.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_certain"),
+    [
+        ({"max_steps": 40}, False),
+        ({"max_steps": 41}, True),
+        ({"max_steps": 20, "gradient_accumulation_steps": 2}, False),
+        ({"max_steps": 21, "gradient_accumulation_steps": 2}, True),
+        ({"max_steps": 11, "per_device_train_batch_size": 4}, True),
+        ({"max_steps": 11, "per_device_train_batch_size": 4, "dataloader_drop_last": True}, False),
+        ({"max_steps": -1, "num_train_epochs": 1}, True),
+        ({"max_steps": -1, "num_train_epochs": 0.9}, False),
+    ],
+    ids=str,
+)
+def test_a_run_that_may_not_come_to_the_row_that_is_too_long_is_not_refused(
+    arguments: dict[str, Any], is_certain: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [row(5)] * 40 + [row(HARD_LIMIT + 1)]
+    made = trainer(with_table("gpt2"), rows, tmp_path, SequenceLengthGuardCallback(probes=False), **arguments)
+
+    class Stop(TrainerCallback):  # type: ignore[misc]  # what the guard says is said before the first step
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    made.add_callback(Stop())
+    with pytest.raises(SequenceLengthError if is_certain else KeyboardInterrupt):
+        made.train()
+    assert len(warned(caplog)) == (not is_certain)
+
+
+def test_a_run_that_never_comes_to_the_row_that_is_too_long_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [row(5)] * 40 + [row(HARD_LIMIT + 1)]
+    stock = trainer(with_table("gpt2"), rows, tmp_path, max_steps=2)
+    stock.train()
+    watched = trainer(with_table("gpt2"), rows, tmp_path, SequenceLengthGuardCallback(probes=False), max_steps=2)
+    watched.train()
+    (message,) = warned(caplog)
+    assert f"2.4% of 41 rows looked at have more, the longest {HARD_LIMIT + 1}" in message
+    assert all(map(torch.equal, stock.model.state_dict().values(), watched.model.state_dict().values()))
+
+
+class Slow(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Each row takes its time when it is looked at; 4 of them use up the guard's."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows, self.asked = rows, 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        self.asked += 1
+        if self.asked <= 4:
+            time.sleep(1.1)
+        return self.rows[index]
+
+
+def test_from_a_part_of_the_rows_follows_a_warning_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [row(8, masked=number % 20 != 7) for number in range(1000)]
+    made = trainer(llama(), Slow(rows), tmp_path, SequenceLengthGuardCallback())  # type: ignore[arg-type]
+    made.train()
+    assert made.state.global_step == 1
+    (message,) = warned(caplog)
+    assert message.startswith("100.0% of 4 rows looked at (of 1000) train nothing")
 
 
 @pytest.mark.parametrize("method", ["prefix", "p"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -66,6 +68,80 @@ def test_any_class_of_data_set_is_allowed(dataset: Any) -> None:
     assert rows.look(dataset) is None
 
 
+class Odd(list[Any]):
+    """A list of rows of which some raise."""
+
+    def __init__(self, rows: list[Any], *unreadable: int) -> None:
+        super().__init__(rows)
+        self.unreadable = unreadable
+
+    def __getitem__(self, index: Any) -> Any:
+        if index in self.unreadable:
+            raise OSError(f"block {index} is bad")
+        return super().__getitem__(index)
+
+
+def test_rows_that_cannot_be_read_are_named_and_the_others_looked_at() -> None:
+    looked = rows.look(Odd(made(3, 4, 5, 6), 0, 2))
+    assert looked is not None
+    assert looked.fault == "2 training rows could not be read, row 0 with OSError: block 0 is bad"
+    assert [row.length for row in looked.seen] == [4, 6]
+    assert not looked.complete
+    looked = rows.look(Odd(made(3, 4), 0, 1))
+    assert looked is not None
+    assert looked.seen == ()
+    assert rows.look(made(3)).fault is None  # type: ignore[union-attr]
+
+
+def test_a_data_set_that_does_not_know_its_length_is_named() -> None:
+    class Endless(list[Any]):
+        def __len__(self) -> int:
+            raise RuntimeError("not known yet")
+
+    looked = rows.look(Endless(made(3)))
+    assert looked is not None
+    assert looked.fault is not None
+    assert "RuntimeError: not known yet" in looked.fault
+
+
+def test_a_stream_that_knows_its_length_is_not_used_up() -> None:
+    class Stream(torch.utils.data.IterableDataset):  # type: ignore[misc]
+        def __len__(self) -> int:
+            return 3
+
+        def __iter__(self) -> Any:
+            raise AssertionError("used up")
+
+    assert rows.look(Stream()) is None
+
+
+def test_the_label_of_a_whole_row_is_none_of_its_tokens() -> None:
+    (row,) = rows.look(made(5, labels=1)).seen  # type: ignore[union-attr]
+    assert (row.length, row.masked) == (5, False)
+    (row,) = rows.look(made(5, labels=torch.tensor(-100))).seen  # type: ignore[union-attr]
+    assert not row.masked
+
+
+def test_nothing_that_draws_random_numbers_is_disturbed() -> None:
+    class Draws(list[Any]):
+        def __getitem__(self, index: Any) -> Any:
+            drawn.append((random.random(), numpy.random.rand(), float(torch.rand(()))))
+            if len(drawn) == 3:
+                raise OSError("also not by a row that cannot be read")
+            return super().__getitem__(index)
+
+    drawn: list[Any] = []
+    for seed in (random.seed, numpy.random.seed, torch.manual_seed):
+        seed(0)
+    expected = random.random(), numpy.random.rand(), float(torch.rand(()))
+    for seed in (random.seed, numpy.random.seed, torch.manual_seed):
+        seed(0)
+    rows.look(Draws(made(3, 4, 5, 6)))
+    assert drawn[0] == expected
+    assert len(set(drawn)) == 4
+    assert (random.random(), numpy.random.rand(), float(torch.rand(()))) == expected
+
+
 def test_a_collator_that_fails_is_not_in_the_way() -> None:
     def collate(batch: list[Any]) -> Any:
         raise ValueError("needs two rows")
@@ -105,6 +181,29 @@ def test_all_rows_of_one_length_are_packed_unless_it_is_known_that_they_are_not(
     assert told(rows=seen(20, 20, 20), max_length=20) == (0, 0)
     assert told(rows=seen(20, 20, 20), max_length=20, packed=True) == (0, 0)
     assert told(rows=seen(20, 20, 20), max_length=20, packed=False) == (0, 1)
+
+
+def test_nearly_all_rows_of_one_length_are_packed_too() -> None:
+    """The last row of a packed data set is shorter; where one row in ten is, they were cut."""
+    assert told(rows=seen(*[20] * 19, 9), max_length=20) == (0, 0)
+    assert told(rows=seen(*[20] * 18, 9, 9), max_length=20) == (0, 1)
+    assert told(rows=seen(*[20] * 19, 9), max_length=20, packed=False) == (0, 1)
+
+
+def test_from_a_part_of_the_rows_no_error_follows() -> None:
+    labels = {"labels": [-100] * 9}
+    for total, expected in ((3, (1, 0)), (4, (0, 1))):
+        looked = rows.look(made(9, 9, 9, **labels))
+        assert looked is not None
+        assert told(rows=rows.Rows(looked.seen, total)) == expected
+        assert told(context=GPT2, rows=seen(70, 70, 70, total=total)) == expected
+    assert "3 rows looked at (of 4)" in judgement.judge(Plan(GPT2, None, seen(70, 9, 9, total=4))).warnings[0]
+
+
+def test_a_row_too_long_is_an_error_where_the_run_is_sure_to_come_to_it() -> None:
+    assert told(context=GPT2, rows=seen(70, 9)) == (1, 0)
+    assert told(context=GPT2, rows=seen(70, 9), takes_every_row=False) == (0, 1)
+    assert told(context=GPT2, rows=seen(70, 65), takes_every_row=False) == (1, 0)
 
 
 def test_a_pack_is_longer_than_its_rows() -> None:

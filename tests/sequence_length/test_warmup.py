@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptfix.sequence_length import warmup
@@ -38,6 +38,7 @@ def test_truncate_keeps_the_beginning_of_each_row(side: str) -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
+@settings(deadline=None)  # a busy machine is no fault
 @given(lengths=st.lists(st.integers(2, WIDTH), min_size=1, max_size=4), length=st.integers(2, WIDTH))
 def test_segments_are_the_same_tokens_in_more_rows(side: str, lengths: list[int], length: int) -> None:
     whole = batch(lengths, side)
@@ -82,6 +83,33 @@ def test_a_batch_never_loses_its_last_label(masked: int, expected: list[int]) ->
     whole = batch([12])
     whole["labels"][:, :masked] = -100
     assert texts(warmup.truncated(whole, 5)) == [expected]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_label_of_a_text_s_first_token_is_none_to_cut_around(side: str) -> None:
+    """Only padding comes before it, which predicts nothing; the next label lies beyond the window."""
+    whole = batch([10], side)
+    labelled = whole["labels"].clone()
+    whole["labels"].fill_(-100)
+    for token in (101, 110):
+        whole["labels"][labelled == token] = token
+    cut = warmup.truncated(whole, 5)
+    assert texts(cut) == [[106, 107, 108, 109, 110]]
+    assert cut["labels"].tolist() == [[-100, -100, -100, -100, 110]]
+
+
+@pytest.mark.parametrize("cut", [warmup.truncated, warmup.segmented])
+@pytest.mark.parametrize("length", [1, 0, -3])
+def test_a_length_at_which_nothing_is_predicted_is_refused(cut: Any, length: int) -> None:
+    with pytest.raises(warmup.CannotCut, match="no token predicts"):
+        cut(batch([12, 12]), length)
+
+
+@pytest.mark.parametrize("odd", [("a", "b"), torch.zeros(2, 12), None])
+def test_a_batch_that_is_no_mapping_is_refused_and_not_counted(odd: Any) -> None:
+    with pytest.raises(warmup.CannotCut, match=f"the batch is a {type(odd).__name__}"):
+        warmup.truncated(odd, 5)
+    assert warmup.tokens(odd) == (0, 0)
 
 
 def test_packed_rows_keep_the_positions_of_each_text() -> None:

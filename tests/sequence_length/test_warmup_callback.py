@@ -6,6 +6,8 @@ weights must be the same, bit for bit. That covers lengths, the order, the count
 
 from __future__ import annotations
 
+import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 import ptfix
+from ptfix.callbacks.running import trainer_of
 from ptfix.callbacks.sequence_length_warmup import SequenceLengthWarmupCallback
-from ptfix.sequence_length import schedule, warmup
+from ptfix.sequence_length import schedule
 from tests.matrix.models import VOCAB, base_model
 from tests.runs import arguments as arguments_of
 from tests.runs import sft_trainer
@@ -109,6 +112,11 @@ def train(
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer, seen
+
+
+def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    records = [record for record in caplog.records if record.name == "ptfix" and record.levelno >= logging.WARNING]
+    return [record.getMessage() for record in records]
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
@@ -277,7 +285,7 @@ def test_two_ranks_have_equal_lengths_and_the_weights_of_rows_cut_by_hand(mode: 
 
 
 @pytest.mark.parametrize(("packing", "mode"), [(False, "truncate"), (True, "truncate"), (True, "order")])
-def test_trl(packing: bool, mode: Any, tmp_path: Path) -> None:
+def test_trl(packing: bool, mode: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     seen = Seen()
     warming = SequenceLengthWarmupCallback(schedule.linear(8, 24, 2) if mode == "truncate" else None, mode)
     trainer = sft_trainer(
@@ -292,13 +300,12 @@ def test_trl(packing: bool, mode: Any, tmp_path: Path) -> None:
         max_length=LENGTH,
         packing=packing,
     )
-    if packing and mode == "truncate":  # trl counts the boundaries of packed rows in cu_seq_lens
-        with pytest.raises(warmup.CannotCut, match=r"packed rows.*mode='order'"):
-            trainer.train()
-        return
     trainer.train()
     assert trainer.state.global_step == 4
-    if mode == "truncate":
+    if packing and mode == "truncate":  # trl counts the boundaries of packed rows in cu_seq_lens
+        (message,) = warned(caplog)
+        assert re.search(r"keeps its full length.*packed rows.*mode='order'", message)
+    elif mode == "truncate":
         widths = {step: {shape[1] for shape in shapes} for step, shapes in seen.fed.items()}
         assert widths == {0: {8}, 1: {16}, 2: {24}, 3: {24}}
         assert [entry["sequence_length"] for entry in seen.told[:4]] == [8, 16, 24, 24]
@@ -345,30 +352,85 @@ def test_a_run_after_one_that_failed_is_cut_once(tmp_path: Path) -> None:
     assert not {"log", "get_batch_samples", "training_step"} & vars(trainer).keys()
 
 
-def test_preference_pairs_are_refused_before_they_are_cut(tmp_path: Path) -> None:
+def test_a_run_without_the_callback_after_one_that_failed_is_stocks(tmp_path: Path) -> None:
+    """Nobody tells a callback that training ended with an error, so what it has put over the Trainer is still there."""
+
+    class Interrupts(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    warming, interrupting = SequenceLengthWarmupCallback(SCHEDULE, "truncate"), Interrupts()
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, make_rows(4), [warming, interrupting, seen := Kept()])
+    trainer = seen.trainer
+    for callback in (warming, interrupting):
+        trainer.remove_callback(callback)
+    trainer.train()
+    assert not any("sequence_length" in entry for entry in trainer.state.log_history)
+    assert set(seen.widths) == {8, LENGTH}
+
+
+class Kept(TrainerCallback):  # type: ignore[misc]
+    """The Trainer of a run that ends with an error, and how wide its batches were."""
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+        self.widths: list[int] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer is None:
+            self.trainer = trainer_of(self)
+            look = lambda module, inputs, given: self.widths.append(given["input_ids"].shape[1])  # noqa: E731
+            kwargs["model"].register_forward_pre_hook(look, with_kwargs=True)
+
+
+class Odd:
+    """A schedule of a user's own that has a fault."""
+
+    def __init__(self, length: Any) -> None:
+        self.wrong = length
+
+    def length(self, step: int) -> Any:
+        return 8 if step < 2 else self.wrong[step]
+
+
+@pytest.mark.parametrize("wrong", [[0] * 99, [1] * 99, [-8] * 99, [12.5] * 99, [None] * 99, []], ids=repr)
+def test_a_schedule_with_a_fault_leaves_rows_at_their_full_length(
+    wrong: list[Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, seen = train(tmp_path, make_rows(ROWS_PER_BATCH * STEPS), [SequenceLengthWarmupCallback(Odd(wrong), "truncate")])
+    assert [shapes[0][1] for shapes in seen.fed.values()] == [8, 8, *[LENGTH] * (STEPS - 2)]
+    (message,) = warned(caplog)
+    assert message.startswith("a batch keeps its full length")
+
+
+def test_preference_pairs_keep_their_length(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def pairs(rows: Any) -> dict[str, torch.Tensor]:
         return {**collate(rows), "chosen_input_ids": collate(rows)["input_ids"]}
 
-    trainer = Trainer(
-        model=base_model("llama"),
-        args=TrainingArguments(
-            output_dir=str(tmp_path), report_to="none", use_cpu=True, max_steps=1, disable_tqdm=True
-        ),
-        train_dataset=make_rows(4),
-        data_collator=pairs,
-        callbacks=[SequenceLengthWarmupCallback(SCHEDULE, "truncate")],
-    )
-    with pytest.raises(warmup.CannotCut, match=r"preference pairs.*mode='order'"):
-        trainer.train()
+    class First(InOrder):
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            del inputs["chosen_input_ids"]
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    callbacks = [SequenceLengthWarmupCallback(SCHEDULE, "truncate")]
+    rows, setting = make_rows(ROWS_PER_BATCH * STEPS), {"collator": pairs, "trainer_class": First}
+    warmed, _ = train(tmp_path / "a", rows, callbacks, **setting)
+    stock, _ = train(tmp_path / "b", rows, [], **setting)
+    (message,) = warned(caplog)
+    assert re.search(r"CannotCut: .*preference pairs.*mode='order'", message)
+    assert_same(warmed, stock)
 
 
-def test_a_stream_cannot_be_ordered(tmp_path: Path) -> None:
+def test_a_stream_cannot_be_ordered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Stream(torch.utils.data.IterableDataset):  # type: ignore[misc]
         def __iter__(self) -> Any:
             return iter(make_rows(8))
 
-    with pytest.raises(ValueError, match="mode='truncate'"):
-        train(tmp_path, Stream(), [SequenceLengthWarmupCallback()], trainer_class=Trainer, max_steps=2)
+    _, seen = train(tmp_path, Stream(), [SequenceLengthWarmupCallback()], trainer_class=Trainer, max_steps=2)
+    assert [shapes[0][1] for shapes in seen.fed.values()] == [LENGTH] * 2
+    (message,) = warned(caplog)
+    assert re.search("rows keep their length and order.*mode='truncate'", message)
     callback = SequenceLengthWarmupCallback(SCHEDULE, "truncate")
     _, seen = train(tmp_path, Stream(), [callback], trainer_class=Trainer, max_steps=3)
     assert [shapes[0][1] for shapes in seen.fed.values()] == [8, 16, 24]
@@ -387,9 +449,10 @@ def test_a_wrong_choice_is_refused(arguments: dict[str, Any], words: str) -> Non
         SequenceLengthWarmupCallback(**arguments)
 
 
-def test_without_a_trainer_it_says_where_it_belongs() -> None:
-    with pytest.raises(RuntimeError, match=r"Trainer\(\.\.\., callbacks="):
-        SequenceLengthWarmupCallback().on_train_begin(None, None, None)
+def test_called_by_hand_it_says_where_it_belongs(caplog: pytest.LogCaptureFixture) -> None:
+    SequenceLengthWarmupCallback().on_train_begin(None, TrainerState(), None)
+    (message,) = warned(caplog)
+    assert "Trainer(..., callbacks=[...])" in message
 
 
 def test_the_door_has_it() -> None:
