@@ -107,7 +107,7 @@ def look(dataset: Any, collate: Any = None, seconds: float = 3.0, keep: int = 64
                 break
     if not total:
         return None
-    fault = f"{len(unread)} training rows could not be read, {unread[0]}" if unread else None
+    fault = f"{len(unread)} of {total} training rows could not be read, {unread[0]}" if unread else None
     return Rows(tuple(seen), total, fault)
 
 

@@ -84,7 +84,7 @@ class Odd(list[Any]):
 def test_rows_that_cannot_be_read_are_named_and_the_others_looked_at() -> None:
     looked = rows.look(Odd(made(3, 4, 5, 6), 0, 2))
     assert looked is not None
-    assert looked.fault == "2 training rows could not be read, row 0 with OSError: block 0 is bad"
+    assert looked.fault == "2 of 4 training rows could not be read, row 0 with OSError: block 0 is bad"
     assert [row.length for row in looked.seen] == [4, 6]
     assert not looked.complete
     looked = rows.look(Odd(made(3, 4), 0, 1))

@@ -112,6 +112,54 @@ def test_a_batch_that_is_no_mapping_is_refused_and_not_counted(odd: Any) -> None
     assert warmup.tokens(odd) == (0, 0)
 
 
+def test_a_row_shorter_than_the_window_keeps_its_padding_on_its_side() -> None:
+    cut = warmup.truncated(batch([12, 3], "left"), 5)
+    assert cut["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_of_padding_alone_stays_in_a_batch_without_labels(side: str) -> None:
+    whole = batch([12, 0], side)
+    del whole["labels"]
+    for cut, rows in ((warmup.truncated, 2), (warmup.segmented, 4)):
+        assert cut(dict(whole), 5)["attention_mask"].tolist()[-1] == [0] * 5
+        assert len(cut(dict(whole), 5)["input_ids"]) == rows
+
+
+def test_a_short_row_without_a_label_beside_one_that_is_cut_around_its_own() -> None:
+    whole = batch([12, 3])
+    whole["labels"][0, :10] = whole["labels"][1] = -100
+    assert texts(warmup.truncated(whole, 5)) == [[108, 109, 110, 111, 112]]
+
+
+@pytest.mark.parametrize("cut", [warmup.truncated, warmup.segmented])
+def test_a_batch_without_any_label_is_cut_too(cut: Any) -> None:
+    whole = batch([12, 12])
+    whole["labels"][:] = -100
+    assert cut(whole, 5)["labels"].shape[1] == 5
+
+
+def test_labels_of_whole_rows_and_what_counts_no_rows_are_left_alone() -> None:
+    whole = {**batch([12, 12]), "labels": torch.tensor([0, 1]), "names": ("a", "b"), "tags": ["x", "y", "z"]}
+    cut = warmup.segmented(whole, 6)
+    assert (cut["labels"].tolist(), cut["names"]) == ([0, 0, 1, 1], ["a", "a", "b", "b"])
+    assert cut["tags"] == ["x", "y", "z"]
+
+
+def test_an_attention_mask_of_queries_and_keys_says_nothing_of_padding() -> None:
+    whole = {**batch([12, 12]), "attention_mask": torch.ones(2, 1, 12, 12).tril()}
+    cut = warmup.truncated(dict(whole), 5)
+    assert torch.equal(cut["attention_mask"], whole["attention_mask"][:, :, :5, :5])
+    assert torch.equal(cut["input_ids"], whole["input_ids"][:, :5])
+    assert warmup.tokens(whole) == (12, 24)
+
+
+def test_tokens_are_counted_without_padding() -> None:
+    assert warmup.tokens(batch([12, 3])) == (12, 15)
+    assert warmup.tokens({"input_ids": torch.zeros(2, 7)}) == (7, 14)
+    assert warmup.tokens({"labels": torch.zeros(2, 7)}) == (0, 0)
+
+
 def test_packed_rows_keep_the_positions_of_each_text() -> None:
     whole = batch([12])
     del whole["attention_mask"]
