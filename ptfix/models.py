@@ -139,21 +139,22 @@ def undisturbed(model: Any) -> Iterator[None]:
         try:
             yield
         finally:
-            for module, state, kept in zip(modules, attributes, buffers, strict=True):
+            for parameter, requires_grad in trained:
+                parameter.requires_grad = requires_grad
+            for module, state in zip(modules, attributes, strict=True):
                 for name in _state(module).keys() - state.keys():
                     del module.__dict__[name]
                 for name, (value, content) in state.items():
                     module.__dict__[name] = value
                     if content is not None and list(map(id, value)) != list(map(id, content)):
                         value[:] = content
+            for module, kept in zip(modules, buffers, strict=True):  # last: to compare them needs memory
                 for name in module._buffers.keys() - kept.keys():
                     module._buffers[name] = None
                 for name, (buffer, copy) in kept.items():
                     module._buffers[name] = buffer
                     if not torch.equal(buffer, copy):
                         buffer.copy_(copy)
-            for parameter, requires_grad in trained:
-                parameter.requires_grad = requires_grad
 
 
 def _state(module: Any) -> dict[str, tuple[Any, list[Any] | None]]:

@@ -42,3 +42,29 @@ def test_a_tensor_parallel_model_is_sharded() -> None:
     assert not models.is_sharded(NO_FSDP, model)
     model._tp_size = 2
     assert models.is_sharded(NO_FSDP, model)
+
+
+def test_what_failed_leaves_the_model_as_it_was_also_without_memory_to_compare_its_buffers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)).train()
+    model[0].eval()
+    model[0].weight.requires_grad = False
+
+    def full(*args: object) -> bool:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    def ask() -> None:
+        with models.undisturbed(model):
+            model[1].note = torch.rand(())
+            model.requires_grad_(True)
+            monkeypatch.setattr(torch, "equal", full)
+
+    random_state = torch.get_rng_state()
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        ask()
+    monkeypatch.undo()
+    assert [module.training for module in model] == [False, True]
+    assert [parameter.requires_grad for parameter in model.parameters()] == [False, True, True, True]
+    assert not hasattr(model[1], "note")
+    assert torch.equal(torch.get_rng_state(), random_state)
