@@ -98,7 +98,7 @@ def test_a_run_that_may_not_come_to_the_row_that_is_too_long_is_not_refused(
     made = trainer(with_table("gpt2"), rows, tmp_path, SequenceLengthGuardCallback(probes=False), **arguments)
 
     class Stop(TrainerCallback):  # type: ignore[misc]  # what the guard says is said before the first step
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             raise KeyboardInterrupt
 
     made.add_callback(Stop())
@@ -111,10 +111,14 @@ def test_a_run_that_never_comes_to_the_row_that_is_too_long_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [row(5)] * 40 + [row(HARD_LIMIT + 1)]
-    stock = trainer(with_table("gpt2"), rows, tmp_path, max_steps=2)
-    stock.train()
-    watched = trainer(with_table("gpt2"), rows, tmp_path, SequenceLengthGuardCallback(probes=False), max_steps=2)
-    watched.train()
+
+    def run(*callbacks: Any) -> Trainer:
+        made = trainer(with_table("gpt2"), rows, tmp_path, *callbacks, max_steps=2)
+        made._get_train_sampler = lambda *args: torch.utils.data.SequentialSampler(rows)
+        made.train()
+        return made
+
+    stock, watched = run(), run(SequenceLengthGuardCallback(probes=False))
     (message,) = warned(caplog)
     assert f"2.4% of 41 rows looked at have more, the longest {HARD_LIMIT + 1}" in message
     assert all(map(torch.equal, stock.model.state_dict().values(), watched.model.state_dict().values()))
