@@ -349,7 +349,7 @@ def test_what_could_not_be_done_is_an_error_where_it_was_asked_for() -> None:
 def test_a_failure_in_one_process_leaves_no_other_waiting(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     ran = subprocess.run(
-        [*command, "-m", "tests.callbacks.ranks", str(tmp_path)],
+        [*command, "-m", "tests.callbacks.fault_in_one_rank", str(tmp_path)],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,

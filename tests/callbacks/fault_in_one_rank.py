@@ -1,6 +1,6 @@
 """Two processes train with every callback, of which something fails in one of them.
 
-torchrun --nproc_per_node 2 -m tests.callbacks.ranks DIR    # rank-N.pt: which run -> (weights, warnings)
+torchrun --nproc_per_node 2 -m tests.callbacks.fault_in_one_rank DIR    # rank-N.pt: which run -> (weights, warnings)
 """
 
 from __future__ import annotations
