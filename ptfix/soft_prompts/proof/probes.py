@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from ptfix.soft_prompts import caches, views
-from ptfix.soft_prompts.proof import first_use, reference
+from ptfix.soft_prompts.proof import check, first_use, reference
 
 _VIRTUAL_TOKENS = 2
 
@@ -309,6 +309,19 @@ def _trained_otherwise(model_class: type[Any]) -> type[Any]:
 
 
 @aside()
+def reload_fault() -> str | None:
+    """Does an adapter in training come back as another one from what peft saves of it?"""
+    from peft import peft_model
+
+    model = _p_tuned()
+    with torch.no_grad(), check.comparing():
+        before = model.get_prompt(1)
+        peft_model.set_peft_model_state_dict(model, peft_model.get_peft_model_state_dict(model))
+        same = torch.equal(model.get_prompt(1), before)
+    return None if same else "p-tuning is loaded from a checkpoint through its encoder once more"
+
+
+@aside()
 def sharded_saving_fault() -> str | None:
     """Does saving fail where the weights of a soft prompt are a DTensor, as FSDP2 leaves them?"""
     from torch.distributed.device_mesh import DeviceMesh
@@ -377,6 +390,15 @@ _TWO = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "synced_gpus
 @cache
 def _prompt_tuned() -> Any:
     return tiny(_prompt_config())
+
+
+@cache
+def _p_tuned() -> Any:
+    from peft import PromptEncoderConfig, get_peft_model
+
+    config = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=_VIRTUAL_TOKENS, encoder_hidden_size=4)
+    with _PrivateRandom():
+        return get_peft_model(_prompt_tuned().base_model, config).float().eval()
 
 
 @cache
