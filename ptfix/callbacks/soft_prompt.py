@@ -25,7 +25,7 @@ class SoftPromptError(RuntimeError):
 
 class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]  # the hosts are untyped here
     """Check a soft prompt when training ends: it acts, and generate() says what the training forward says; a task head
-    gives a padded row what it gives the row alone. With ``load_best_model_at_end`` it is the one in the best checkpoint.
+    gives a padded row what it gives the row alone. With ``load_best_model_at_end`` it is that of the best checkpoint.
 
     Silent about models without a soft prompt. Where each process holds only a part of the weights (FSDP, ZeRO-3, tensor
     parallel) the check is left out, and that is said. It costs a dozen forward passes of one short row, once.

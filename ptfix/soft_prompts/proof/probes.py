@@ -168,7 +168,7 @@ def left_padding_fault() -> str | None:
 def classifier_fault() -> str | None:
     """Can no adapter be put on a classifier?"""
     try:
-        _classifier()
+        _classifier.__wrapped__()  # a new one: one that was made with a fix on says nothing about this host
     except Exception as error:
         return f"an adapter on a classifier raises {type(error).__name__}"
     return None
@@ -184,9 +184,10 @@ def padded_class_fault() -> str | None:
     padded, real = _features(features, ids[:, left], mask[:, left]), _features(features, ids[:, alone])
     if not torch.allclose(padded[:, -5:], real[:, -5:], atol=1e-4):
         return "padding on the left changes the features of a text"
-    if classifier_fault() is not None:  # peft 0.13: until another fix is on, there is nothing to ask
+    try:
+        model = _classifier()
+    except TypeError:  # peft 0.13: until another fix is on, there is nothing to ask
         return None
-    model = _classifier()
     if not torch.allclose(_class_of(model, ids[:, right], mask[:, right]), _class_of(model, ids[:, alone]), atol=1e-4):
         return "padding on the right changes the class of a text"
     return None
