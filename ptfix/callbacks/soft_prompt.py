@@ -1,4 +1,5 @@
-"""SoftPromptCallback: when training ends, ask the soft prompt a few tokens and say so if generate() loses it."""
+"""SoftPromptCallback: when training ends, ask the soft prompt a few tokens and say so if generate() loses it, or if it
+is not the best one that Trainer was to restore."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ class SoftPromptError(RuntimeError):
 @never_ends_a_run("the soft prompt could not be checked")
 class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]  # the hosts are untyped here
     """Check a soft prompt when training ends: it acts, and generate() says what the training forward says; a task head
-    gives a padded row what it gives the row alone.
+    gives a padded row what it gives the row alone. With ``load_best_model_at_end`` it is that of the best checkpoint.
 
     Silent about models without a soft prompt. Where each process holds only a part of the weights (FSDP, ZeRO-3, tensor
     parallel) the check is left out, and that is said. It costs a dozen forward passes of one short row, once.
@@ -53,9 +54,9 @@ class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]  # the hosts ar
             self._check(args, state, kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._check(args, state, kwargs)
+        self._check(args, state, kwargs, state.best_model_checkpoint if args.load_best_model_at_end else None)
 
-    def _check(self, args: Any, state: Any, given: dict[str, Any]) -> None:
+    def _check(self, args: Any, state: Any, given: dict[str, Any], best: str | None = None) -> None:
         model = _soft_prompted(given.get("model"))
         if model is None or not state.is_world_process_zero:
             return
@@ -65,9 +66,8 @@ class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]  # the hosts ar
                 "`ptfix verify` checks the saved adapter."
             )
             return
-        problem = self._problem(model, given.get("train_dataloader"))
-        if problem is not None:
-            self._problems.tell(problem)
+        problems = [_unlike_best(model, best), self._problem(model, given.get("train_dataloader"))]
+        self._problems.tell(*filter(None, problems))
 
     def _problem(self, model: Any, dataloader: Any) -> str | None:
         import torch
@@ -89,6 +89,18 @@ class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]  # the hosts ar
         ids = looked.seen[0].ids if looked is not None and looked.seen else ()
         vocabulary = base.get_input_embeddings().weight.shape[0]
         return ids if all(0 <= token < vocabulary for token in ids) else ()
+
+
+def _unlike_best(model: Any, folder: str | None) -> str | None:
+    from ptfix.soft_prompts.proof import check
+
+    difference = check.unlike_saved(model, folder) if folder is not None else None
+    if difference is None:
+        return None
+    return (
+        f"the best model was not restored: {difference}. Load it with PeftModel.from_pretrained(base_model, folder)"
+        f"{_advice()}"
+    )
 
 
 def _soft_prompted(model: Any) -> Any:

@@ -15,6 +15,7 @@ from ptfix.fixes import (
     prefix_tensor_parallel,
     sharded_prompt_saving,
     soft_prompt_generate,
+    soft_prompt_reload,
     task_head_outputs,
     task_heads_built,
     trainer_tokenizer,
@@ -33,6 +34,7 @@ ALL: tuple[Fix, ...] = (
     padded_task_heads.FIX,  # around task_head_outputs: moves labels and outputs of real tokens
     soft_prompt_generate.FIX,
     sharded_prompt_saving.FIX,
+    soft_prompt_reload.FIX,
     active_adapters.FIX,
     trainer_tokenizer.FIX,
     chat_template_saving.FIX,

@@ -78,11 +78,8 @@ def with_whole_prompt(
     if not whole:
         return peft_model
 
-    def edit(view: Any, module: torch.nn.Module) -> None:
-        view.__dict__["_parameters"] = {
-            name: whole.get(id(parameter), parameter) for name, parameter in module._parameters.items()
-        }
-
     view = views.shallow(peft_model)
-    view._modules["prompt_encoder"] = views.tree(encoder, edit)
+    view._modules["prompt_encoder"] = views.with_parameters(
+        encoder, lambda parameter: whole.get(id(parameter), parameter)
+    )
     return view

@@ -45,6 +45,21 @@ def tree(module: Any, edit: Callable[[Any, torch.nn.Module], None]) -> Any:
     return view
 
 
+def with_parameters(module: Any, change: Callable[[torch.nn.Parameter], torch.nn.Parameter]) -> Any:
+    """A view of a module and of all below it whose parameters are what ``change(parameter)`` makes of the module's."""
+
+    def edit(view: Any, original: torch.nn.Module) -> None:
+        view.__dict__["_parameters"] = parameters = {
+            name: parameter if parameter is None else change(parameter)
+            for name, parameter in original._parameters.items()
+        }
+        names = view.__dict__.get("_flat_weights_names")
+        if names is not None:  # an LSTM computes with a list of its own
+            view.__dict__["_flat_weights"] = [parameters[name] for name in names]
+
+    return tree(module, edit)
+
+
 def private(module: Any) -> Any:
     """A view of a module and of all below it, in eval mode, whose bound methods stay inside it: whatever it runs and
     stores, nothing shared is changed."""

@@ -309,7 +309,10 @@ def test_under_autocast_the_gradients_of_the_users_call_are_whole(monkeypatch: p
         assert torch.equal(gradients[1][name], value), name
 
 
-def test_a_reload_that_projects_twice_is_found() -> None:
+def test_a_reload_that_projects_twice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    ptfix.revert()
+    monkeypatch.setenv("PTFIX_DISABLE", "soft-prompt-reload")
+    ptfix.apply()
     model = llama("p_tuning")
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         model.save_pretrained(folder)
@@ -319,7 +322,8 @@ def test_a_reload_that_projects_twice_is_found() -> None:
             assert not sentences, "for inference it loads right"
             model.load_adapter(folder, "default")
         moved = not torch.allclose(before, model(input_ids=IDS).logits, atol=1e-3)
-    assert len(sentences) == int(moved)
+    assert moved, "peft loads p-tuning right: is the fix needed any longer?"
+    assert len(sentences) == 1
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ptfix import errors, models
+from ptfix.soft_prompts import saving
 from ptfix.soft_prompts.adapter import SoftPrompt, active_config, has_soft_prompt
 from ptfix.soft_prompts.proof import reference, task_heads
 
@@ -94,6 +96,27 @@ def _check_head(peft_model: Any, input_ids: torch.Tensor | None) -> Check:
     for side, how in found.wrong.items():
         return Check(True, False, None, _PADDED.format(side=side, how=how))
     return Check(True, True, None, _HEAD_GOOD)
+
+
+def unlike_saved(peft_model: Any, folder: Path | str) -> str | None:
+    """How the active adapter of a model differs from the one that was saved in a folder, or None where it is that one.
+
+    The base model is not compared.
+    """
+    from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights
+
+    peft_model = models.unwrap(peft_model)
+    name = peft_model.active_adapter
+    folder = folder if name == "default" else Path(folder, name)
+    saved = load_peft_weights(str(folder), device="cpu")
+    view = saving.view_to_save(peft_model)
+    here = get_peft_model_state_dict(view, adapter_name=name, save_embedding_layers=False)
+    for key in sorted(here.keys() & saved.keys(), reverse=True):  # the soft prompt before the encoder
+        there, one = saved[key].float(), here[key].detach().float().cpu()
+        off = models.distance(one, there) if one.shape == there.shape else float("inf")
+        if not off <= models.tolerance(peft_model.base_model):
+            return f"{key} differs from that in {folder}, by {off:.2g} of its size"
+    return None
 
 
 def misfit(config: Any, base: Any, text: int = 1) -> str | None:

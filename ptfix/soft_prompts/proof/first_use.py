@@ -27,7 +27,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ptfix import errors, models
-from ptfix.soft_prompts import caches, views
+from ptfix.soft_prompts import caches, saving, views
 from ptfix.soft_prompts.adapter import active_config
 from ptfix.soft_prompts.proof import check, reference
 
@@ -535,14 +535,7 @@ def _ask_load(peft_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _loaded(model: Any, call: Callable[..., Any], name: str, saved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The soft prompt that acts, and the one in the file."""
-    config, encoder = model.peft_config[name], model.prompt_encoder[name]
-    weight = encoder.embedding.weight
-    if config.inference_mode or config.peft_type == "MULTITASK_PROMPT_TUNING":
-        return weight, saved
-    tokens = model.prompt_tokens[name]
-    if config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
-        tokens = tokens[: config.num_virtual_tokens]
-    return encoder(tokens.unsqueeze(0).to(weight.device))[0], saved
+    return saving.acting(model, name), saved
 
 
 # --- all of them -------------------------------------------------------------------------------------------------
