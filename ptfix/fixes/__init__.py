@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ptfix.fixes import (
     active_adapters,
+    cached_forward,
     chat_template_saving,
     first_use_check,
     left_padded_forward,
@@ -31,6 +32,7 @@ ALL: tuple[Fix, ...] = (
     prefix_task_heads.FIX,
     task_head_outputs.FIX,
     padded_task_heads.FIX,  # around task_head_outputs: moves labels and outputs of real tokens
+    cached_forward.FIX,  # around the other forwards: it decides whether they run
     soft_prompt_generate.FIX,
     sharded_prompt_saving.FIX,
     active_adapters.FIX,

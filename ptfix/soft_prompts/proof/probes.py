@@ -224,6 +224,20 @@ def _said(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> Any:
 
 
 @aside()
+def cached_forward_fault() -> str | None:
+    """Is a text whose beginning and soft prompt stand in a KV cache continued otherwise than it was trained?"""
+    model, ids = _prompt_tuned(), torch.tensor([[3, 4, 5, 6]])
+
+    def in_two_parts() -> torch.Tensor:
+        with torch.no_grad():
+            held = caches.of(model(input_ids=ids[:, :3], use_cache=True))
+            logits: torch.Tensor = model(input_ids=ids[:, 3:], **{caches.keyword(): held}).logits
+        return logits[0, -1:]
+
+    return _differs("a loop over forward() with a cache", in_two_parts, reference.last_logits(model, ids))
+
+
+@aside()
 def full_attention_prefix_fault() -> str | None:
     """Does the training forward of a prefix raise, or leave it out? Where all layers look back to the start (llama)."""
     return _prefix_fault("", _prefix_tuned())
