@@ -6,6 +6,8 @@ from ptfix.fixes import (
     active_adapters,
     cached_forward,
     chat_template_saving,
+    cpt_generate,
+    cpt_loss,
     first_use_check,
     left_padded_forward,
     padded_task_heads,
@@ -34,6 +36,8 @@ ALL: tuple[Fix, ...] = (
     padded_task_heads.FIX,  # around task_head_outputs: moves labels and outputs of real tokens
     cached_forward.FIX,  # around the other forwards: it decides whether they run
     soft_prompt_generate.FIX,
+    cpt_loss.FIX,
+    cpt_generate.FIX,
     sharded_prompt_saving.FIX,
     active_adapters.FIX,
     trainer_tokenizer.FIX,
