@@ -6,11 +6,13 @@ from ptfix.fixes import (
     active_adapters,
     cached_forward,
     chat_template_saving,
+    continuous_batching,
     cpt_generate,
     cpt_loss,
     first_use_check,
     left_padded_forward,
     padded_task_heads,
+    packed_rows,
     prefix_checkpointing,
     prefix_forward,
     prefix_sizes,
@@ -35,7 +37,9 @@ ALL: tuple[Fix, ...] = (
     task_head_outputs.FIX,
     padded_task_heads.FIX,  # around task_head_outputs: moves labels and outputs of real tokens
     cached_forward.FIX,  # around the other forwards: it decides whether they run
+    packed_rows.FIX,
     soft_prompt_generate.FIX,
+    continuous_batching.FIX,
     cpt_loss.FIX,
     cpt_generate.FIX,
     sharded_prompt_saving.FIX,

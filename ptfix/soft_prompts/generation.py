@@ -26,7 +26,11 @@ logger = logging.getLogger("ptfix")
 
 def generate(peft_model: Any, *args: Any, **kwargs: Any) -> Any:
     """What ``peft_model.generate(*args, **kwargs)`` should return; same arguments, errors and return values as the
-    host's."""
+    host's.
+
+    With ``guidance_scale`` (classifier-free guidance) the conditional branch has the soft prompt. The unconditional
+    one, ``negative_prompt_ids`` or else the last token, is the base model alone, as in peft.
+    """
     mask = kwargs.get("attention_mask")
     held = caches.taken_from(kwargs)
     if held is not None:

@@ -238,6 +238,26 @@ def cached_forward_fault() -> str | None:
 
 
 @aside()
+def packed_rows_fault() -> str | None:
+    """Does the training forward take two packed rows for one?"""
+    model, ids = _prompt_tuned(), torch.tensor([[3, 4, 5, 6]])
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, position_ids=torch.tensor([[0, 1, 0, 1]]))
+    except Exception:  # refused, by whoever
+        return None
+    return "two packed rows are read as one, with one soft prompt"
+
+
+@aside()
+def continuous_batching_fault() -> str | None:
+    """Does continuous batching call the base model?"""
+    model = _prompt_tuned()
+    method = getattr(model, "generate_batch", None)
+    return None if getattr(method, "__self__", None) is not model.base_model else "generate_batch() is the base model's"
+
+
+@aside()
 def cpt_loss_fault() -> str | None:
     """Does the loss of CPT depend on the adapter's name, or change the batch?"""
     model, ids = _cpt_tuned(), torch.tensor([[3, 4, 5, 6]])
