@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +13,13 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     from ptfix.soft_prompts import loops, training
     from ptfix.soft_prompts.adapter import has_soft_prompt
 
-    names = tuple(inspect.signature(original).parameters)[1:]
+    by_name = training.by_name(original)
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if training.is_traced() or not has_soft_prompt(self):
             return original(self, *args, **kwargs)
-        return loops.forward(original, self, {**dict(zip(names, args, strict=False)), **kwargs})
+        return loops.forward(original, self, by_name(args, kwargs))
 
     return forward
 

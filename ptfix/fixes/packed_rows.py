@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +13,12 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     from ptfix.soft_prompts import caches, refusals, training
     from ptfix.soft_prompts.adapter import has_soft_prompt
 
-    names = tuple(inspect.signature(original).parameters)[1:]
+    by_name = training.by_name(original)
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not training.is_traced() and has_soft_prompt(self):
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            given = by_name(args, kwargs)
             # Behind a cache positions begin where the text before ends.
             problem = refusals.unreadable(given) if not caches.length(caches.of(given)) else None
             if problem is not None:

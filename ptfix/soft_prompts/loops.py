@@ -131,7 +131,8 @@ def _step(peft_model: Any, given: dict[str, Any], held: Any, cached: int) -> Any
     caches.taken_from(rest)
     ids, embeds = rest.pop("input_ids", None), rest.pop("inputs_embeds", None)
     mask, labels = rest.pop("attention_mask", None), rest.pop("labels", None)
-    return_dict, task_ids = rest.pop("return_dict", None), rest.pop("task_ids", None)
+    rest.pop("return_dict", None)
+    task_ids = rest.pop("task_ids", None)
     rest.pop("token_type_ids", None)  # which the training forward does not read either
     keep = next((rest.pop(name) for name in ("logits_to_keep", "num_logits_to_keep") if name in rest), 0)
     if training.is_checkpointed(base):
@@ -157,7 +158,7 @@ def _step(peft_model: Any, given: dict[str, Any], held: Any, cached: int) -> Any
     for cache in (held, caches.of(outputs)):
         if caches.keeps_states(cache):
             marks.put(cache, marks.Mark(peft_model.active_adapter, prompt.length, stop))
-    return outputs.to_tuple() if _wants_tuple(return_dict, base) else outputs
+    return outputs.to_tuple() if training.wants_tuple(peft_model, given) else outputs
 
 
 def _in_order(value: Any, back: torch.Tensor | None, last: int) -> Any:
@@ -202,10 +203,6 @@ def _check_positions(position_ids: Any, turn: Any, mask: torch.Tensor | None, ca
             "position_ids do not count the text token by token: the training forward of a soft prompt never read "
             "others; leave position_ids out, or pass attention_mask where rows are padded."
         )
-
-
-def _wants_tuple(return_dict: bool | None, base: Any) -> bool:
-    return not (getattr(base.config, "return_dict", True) if return_dict is None else return_dict)
 
 
 def _text(given: dict[str, Any]) -> torch.Tensor | None:
