@@ -41,6 +41,7 @@ def test_continuous_batching_is_refused(method: str) -> None:
     if not names:
         pytest.skip("this release has no continuous batching")
     for name in names:
+        assert getattr(getattr(model, name), "__self__", None) is not model.base_model  # which would start a thread
         with pytest.raises(ValueError, match="answers as the base model"):
             getattr(model, name)([[3, 4, 5]])
     with model.disable_adapter():
