@@ -12,7 +12,7 @@ from ptfix import errors, models
 from ptfix.callbacks.problems import OnProblem, Problems, never_ends_a_run
 from ptfix.chat_templates import choosing
 from ptfix.sequence_length import context, judgement, parity, rows
-from ptfix.soft_prompts import adapter
+from ptfix.soft_prompts import adapter, refusals
 
 logger = logging.getLogger("ptfix")
 
@@ -71,6 +71,7 @@ class SequenceLengthGuardCallback(TrainerCallback):  # type: ignore[misc]  # the
         logger.info("sequence length: %s", plan.context.to_dict())
         if looked is not None and looked.fault is not None:
             self._problems.say(f"the sequence length was checked without some rows: {looked.fault}")
+        found.warnings += _misread(args, model, kwargs.get("train_dataloader"))
         self._problems.tell(*found.warnings, *(self._probed(args, model, plan) if self.probes else []))
 
     def _plan(self, args: Any, state: Any, model: Any, looked: rows.Rows | None) -> judgement.Plan:
@@ -132,6 +133,23 @@ def _virtual_tokens(model: Any) -> int:
 
 def _prompted(model: Any) -> bool:
     return bool(getattr(adapter.active_config(model), "is_prompt_learning", False)) and adapter.has_soft_prompt(model)
+
+
+def _misread(args: Any, model: Any, dataloader: Any) -> list[str]:
+    """Why a soft prompt would misread the batches of this run: packed rows, or rows split over processes."""
+    if not _virtual_tokens(model):
+        return []
+    parallel = getattr(args, "parallelism_config", None)
+    split = [name for name in ("cp_size", "sp_size") if (getattr(parallel, name, None) or 1) > 1]
+    if split:
+        return [refusals.packed(f"{split[0]} is {getattr(parallel, split[0])}")]
+    try:
+        with models.undisturbed_randomness():
+            first = [dict(dataloader.dataset[index]) for index in range(min(2, len(dataloader.dataset)))]
+            problem = refusals.unreadable(dict(dataloader.collate_fn(first)))
+    except Exception:  # a stream, or rows and collators of a kind of their own: forward() will say it
+        return []
+    return [] if problem is None else [problem]
 
 
 def _checkpoint(model: Any) -> context.Context | None:

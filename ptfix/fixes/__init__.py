@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from ptfix.fixes import (
     active_adapters,
+    cached_forward,
     chat_template_saving,
+    continuous_batching,
+    cpt_generate,
+    cpt_loss,
     first_use_check,
     left_padded_forward,
+    packed_rows,
     padded_task_heads,
     prefix_checkpointing,
     prefix_forward,
@@ -32,7 +37,12 @@ ALL: tuple[Fix, ...] = (
     prefix_task_heads.FIX,
     task_head_outputs.FIX,
     padded_task_heads.FIX,  # around task_head_outputs: moves labels and outputs of real tokens
+    cached_forward.FIX,  # around the other forwards: it decides whether they run
+    packed_rows.FIX,
     soft_prompt_generate.FIX,
+    continuous_batching.FIX,
+    cpt_loss.FIX,
+    cpt_generate.FIX,
     sharded_prompt_saving.FIX,
     soft_prompt_reload.FIX,
     active_adapters.FIX,

@@ -22,14 +22,16 @@ def _wrap_by_contract(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _generating(original: Callable[..., Any], with_soft_prompt: Callable[..., Any]) -> Callable[..., Any]:
-    from ptfix.soft_prompts import sharding
+    from ptfix.soft_prompts import caches, loops, sharding
     from ptfix.soft_prompts.adapter import has_soft_prompt
 
     @functools.wraps(original)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not has_soft_prompt(self):
             return original(self, *args, **kwargs)
-        return sharding.as_forward(self, functools.partial(with_soft_prompt, self, *args, **kwargs))
+        outputs = sharding.as_forward(self, functools.partial(with_soft_prompt, self, *args, **kwargs))
+        loops.note(self, outputs, caches.of(kwargs))
+        return outputs
 
     return generate
 

@@ -48,6 +48,24 @@ def has_prefix(peft_model: Any) -> bool:
     return has_soft_prompt(peft_model) and SoftPrompt(peft_model).is_prefix
 
 
+def host_model(peft_model: Any) -> Any:
+    """The transformers model inside, also where the soft prompt was put on another PeftModel (LoRA, whose layers are
+    part of it).
+
+    Raises:
+        ValueError: that PeftModel has a soft prompt of its own.
+    """
+    model = peft_model.base_model
+    while hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        if has_soft_prompt(model):
+            raise ValueError(
+                "a soft prompt on another soft prompt cannot be generated with or continued: train one adapter with "
+                "the virtual tokens of both."
+            )
+        model = model.get_base_model()
+    return model
+
+
 @dataclass(frozen=True)
 class SoftPrompt:
     """The active soft prompt of a PeftModel, read when asked, never stored on a shared object."""

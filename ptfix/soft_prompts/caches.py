@@ -51,7 +51,7 @@ def name_in(outputs: Any) -> str | None:
 
 
 def of(outputs: Any) -> Any:
-    """The KV cache in a model's or generate()'s outputs, or None."""
+    """The KV cache in a model's or generate()'s outputs, or in a call's arguments; or None."""
     name = name_in(outputs)
     return None if name is None else outputs[name]
 

@@ -19,21 +19,25 @@ from typing import Any
 import torch
 
 from ptfix.soft_prompts import caches, padding, views
-from ptfix.soft_prompts.adapter import SoftPrompt
+from ptfix.soft_prompts.adapter import SoftPrompt, host_model
 
 logger = logging.getLogger("ptfix")
 
 
 def generate(peft_model: Any, *args: Any, **kwargs: Any) -> Any:
     """What ``peft_model.generate(*args, **kwargs)`` should return; same arguments, errors and return values as the
-    host's."""
+    host's.
+
+    With ``guidance_scale`` (classifier-free guidance) the conditional branch has the soft prompt. The unconditional
+    one, ``negative_prompt_ids`` or else the last token, is the base model alone, as in peft.
+    """
     mask = kwargs.get("attention_mask")
     held = caches.taken_from(kwargs)
     if held is not None:
         kwargs[caches.keyword()] = held
     turn = _Turn(
         prompt=SoftPrompt(peft_model),
-        base=peft_model.base_model,
+        base=host_model(peft_model),
         task_ids=kwargs.pop("task_ids", None),
         mask_length=None if mask is None else mask.shape[-1],
         user_positions=kwargs.get("position_ids") is not None,
@@ -41,9 +45,73 @@ def generate(peft_model: Any, *args: Any, **kwargs: Any) -> Any:
     return _view(peft_model, turn).generate(*args, **kwargs)
 
 
+def one_step(
+    peft_model: Any,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Any,
+    cached: int,
+    task_ids: torch.Tensor | None,
+) -> tuple[dict[str, Any], _Turn]:
+    """What the base model's forward is given for one call of a user's own loop, as generate() would give it.
+
+    Args:
+        input_ids: the tokens that are not in the cache, or `inputs_embeds` in place of them.
+        attention_mask: ``[batch, real tokens]``, those in the cache too.
+        past_key_values: the soft prompt and the text before; empty or None to begin with.
+        cached: its positions.
+
+    Returns:
+        The arguments, and the turn that made them: `read` is the length of all that the model has then read.
+
+    Raises:
+        ValueError: this release of the host cannot continue that cache.
+    """
+    from transformers import GenerationMixin
+
+    text = input_ids if inputs_embeds is None else inputs_embeds
+    if text is None:
+        raise ValueError("forward() needs input_ids or inputs_embeds.")
+    prompt, (rows, new) = SoftPrompt(peft_model), text.shape[:2]
+    turn = _Turn(prompt, host_model(peft_model), task_ids, None, user_positions=False)
+    turn.begin(new, cached, False, attention_mask)
+    hidden = turn.hidden = max(0, cached - prompt.length)
+    turn.read = cached
+    first_seen = prompt.length + turn.most_pads
+    if cached and cached < first_seen:
+        raise ValueError(f"a row's soft prompt ends at position {first_seen}, the cache was cropped to {cached}.")
+    if not cached and attention_mask is not None and turn.most_pads == attention_mask.shape[1]:
+        raise ValueError("a row is all padding: pass enough of the text that each row has a token of its own.")
+    if cached and new > 1 and turn.pads is not None and caches.padded_rows_need_one_span():
+        raise ValueError(
+            "this transformers release reads left-padded rows behind a cache by one token at a time only: pass one "
+            "token, or use transformers 4.39 or later."
+        )
+    options: dict[str, Any] = {"use_cache": True}
+    known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    if hasattr(GenerationMixin, "_get_initial_cache_position"):  # 4.39 to 5.3
+        options["cache_position"] = text.new_zeros(1, dtype=torch.long)
+    if hasattr(GenerationMixin, "_prepare_position_ids_for_generation"):  # from 5.2 on
+        options["position_ids"] = text.new_zeros(1, hidden + new, dtype=torch.long)
+    if "next_sequence_length" in known:
+        options["next_sequence_length"] = new
+    if "is_first_iteration" in known:
+        options["is_first_iteration"] = not cached
+    # Behind a cache ids of embeddings are not read; before it they are those of no token.
+    ids = text.new_zeros(rows, new if cached else 0, dtype=torch.long) if input_ids is None else input_ids
+    inputs = _view(peft_model, turn).prepare_inputs_for_generation(
+        ids, past_key_values, attention_mask, None if cached else inputs_embeds, **options
+    )
+    if cached and inputs_embeds is not None:
+        inputs.pop("input_ids", None)
+        inputs["inputs_embeds"] = inputs_embeds
+    return {name: value for name, value in inputs.items() if value is not None}, turn
+
+
 def _view(peft_model: Any, turn: _Turn) -> Any:
     """A private view of the base model for one generate() call: its own attributes, the same weights."""
-    twin = views.shallow(peft_model.base_model, generation_config=peft_model.generation_config, _ptfix_turn=turn)
+    twin = views.shallow(turn.base, generation_config=peft_model.generation_config, _ptfix_turn=turn)
     twin.__class__ = _view_class(type(twin))  # type: ignore[arg-type]
     # Attributes of the base that stand for one call of its own: peft hangs a bound method on it (and, interrupted,
     # leaves it there), the host keeps its last static cache.
@@ -305,7 +373,7 @@ class _Text:
         )
         if _has_image_positions(self.turn.base):
             inputs["position_ids"] = positions
-        if start >= self.placeholders.shape[1] + self.turn.most_pads:
+        if start >= max(self.placeholders.shape[1], self.prompt.length + self.turn.most_pads):
             if inputs["input_ids"].shape[1] != stop - start:
                 inputs["input_ids"] = virtual_ids[:, start:]
         elif self.prompt.is_prefix and self.inputs_embeds is None:

@@ -21,7 +21,7 @@ import torch
 
 from ptfix import models
 from ptfix.soft_prompts import caches, padding
-from ptfix.soft_prompts.adapter import KeyValues, SoftPrompt
+from ptfix.soft_prompts.adapter import KeyValues, SoftPrompt, host_model
 
 
 class NotSupported(ValueError):
@@ -48,7 +48,7 @@ class Call:
     """One generate() call: what was asked, in real coordinates, and how it is put to the host, in virtual ones."""
 
     def __init__(self, peft_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.prompt, self.base = SoftPrompt(peft_model), peft_model.base_model
+        self.prompt, self.base = SoftPrompt(peft_model), host_model(peft_model)
         asked = self._by_name(args, kwargs)
         self.task_ids = asked.pop("task_ids", None)
         self.explicit = {name for name in ("max_length", "min_length") if asked.get(name) is not None}

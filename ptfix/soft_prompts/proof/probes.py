@@ -225,6 +225,66 @@ def _said(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> Any:
 
 
 @aside()
+def cached_forward_fault() -> str | None:
+    """Is a text whose beginning and soft prompt stand in a KV cache continued otherwise than it was trained?"""
+    model, ids = _prompt_tuned(), torch.tensor([[3, 4, 5, 6]])
+
+    def in_two_parts() -> torch.Tensor:
+        with torch.no_grad():
+            held = caches.of(model(input_ids=ids[:, :3], use_cache=True))
+            logits: torch.Tensor = model(input_ids=ids[:, 3:], **{caches.keyword(): held}).logits
+        return logits[0, -1:]
+
+    return _differs("a loop over forward() with a cache", in_two_parts, reference.last_logits(model, ids))
+
+
+@aside()
+def packed_rows_fault() -> str | None:
+    """Does the training forward take two packed rows for one?"""
+    model, ids = _prompt_tuned(), torch.tensor([[3, 4, 5, 6]])
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, position_ids=torch.tensor([[0, 1, 0, 1]]))
+    except Exception:  # refused, by whoever
+        return None
+    return "two packed rows are read as one, with one soft prompt"
+
+
+@aside()
+def continuous_batching_fault() -> str | None:
+    """Does continuous batching call the base model?"""
+    model = _prompt_tuned()
+    method = getattr(model, "generate_batch", None)
+    return None if getattr(method, "__self__", None) is not model.base_model else "generate_batch() is the base model's"
+
+
+@aside()
+def cpt_loss_fault() -> str | None:
+    """Does the loss of CPT depend on the adapter's name, or change the batch?"""
+    model, ids = _cpt_tuned(), torch.tensor([[3, 4, 5, 6]])
+    types = torch.ones_like(ids)
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, labels=ids, input_type_mask=types)
+    except Exception as error:
+        return f"the loss of an adapter that is not called 'default' raises {type(error).__name__}"
+    return None if bool((types == 1).all()) else "the loss changes the batch's input_type_mask"
+
+
+@aside()
+def cpt_generate_fault() -> str | None:
+    """Does generate() refuse what CPT's collator makes?"""
+    model, ids = _cpt_tuned(), torch.tensor([[3, 4, 5, 6]])
+    try:
+        model.generate(input_ids=ids, input_type_mask=torch.ones_like(ids), **{**_TWO, "max_new_tokens": 1})
+    except ValueError as error:
+        return "generate() raises on input_type_mask" if "input_type_mask" in str(error) else None
+    except Exception:  # another fix's business
+        return None
+    return None
+
+
+@aside()
 def full_attention_prefix_fault() -> str | None:
     """Does the training forward of a prefix raise, or leave it out? Where all layers look back to the start (llama)."""
     return _prefix_fault("", _prefix_tuned())
@@ -404,6 +464,16 @@ def _p_tuned() -> Any:
 
 
 @cache
+def _cpt_tuned() -> Any:
+    from peft import CPTConfig
+
+    config = CPTConfig(
+        task_type="CAUSAL_LM", cpt_token_ids=[2, 3], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2], num_virtual_tokens=2
+    )
+    return tiny(config, adapter_name="probe")
+
+
+@cache
 def _prefix_tuned() -> Any:
     return tiny(_prefix_config())
 
@@ -419,7 +489,9 @@ def _classifier(is_prefix: bool = False) -> Any:
     return tiny(config, head="ForSequenceClassification")
 
 
-def tiny(config: Any, family: str = "Llama", head: str = "ForCausalLM", **fields: Any) -> Any:
+def tiny(
+    config: Any, family: str = "Llama", head: str = "ForCausalLM", adapter_name: str = "default", **fields: Any
+) -> Any:
     import transformers
     from peft import get_peft_model
 
@@ -439,7 +511,7 @@ def tiny(config: Any, family: str = "Llama", head: str = "ForCausalLM", **fields
     with _PrivateRandom():
         model = getattr(transformers, f"{family}{head}")(sizes)
         # Cast twice: peft notes the dtype of what it wraps, and makes the soft prompt in the default one.
-        wrapped = get_peft_model(model.float(), config).float()
+        wrapped = get_peft_model(model.float(), config, adapter_name).float()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in wrapped.parameters():
