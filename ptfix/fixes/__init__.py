@@ -13,6 +13,8 @@ from ptfix.fixes import (
     prefix_sizes,
     prefix_task_heads,
     prefix_tensor_parallel,
+    seq2seq_forward,
+    seq2seq_generate,
     sharded_prompt_saving,
     soft_prompt_generate,
     task_head_outputs,
@@ -32,6 +34,8 @@ ALL: tuple[Fix, ...] = (
     task_head_outputs.FIX,
     padded_task_heads.FIX,  # around task_head_outputs: moves labels and outputs of real tokens
     soft_prompt_generate.FIX,
+    seq2seq_forward.FIX,
+    seq2seq_generate.FIX,
     sharded_prompt_saving.FIX,
     active_adapters.FIX,
     trainer_tokenizer.FIX,
