@@ -81,6 +81,24 @@ def test_the_prefix_is_trained(submodules: int) -> None:
     assert bool(gradient.any())
 
 
+@pytest.mark.parametrize(
+    ("architecture", "sizes"),
+    [
+        ("t5", {"d_kv": 16}),  # flan-t5-small, mt5-small: heads are not d_model / num_heads wide
+        ("t5", {"num_heads": 6}),
+        ("t5", {"num_decoder_layers": 3}),
+        ("bart", {"decoder_attention_heads": 2}),
+        ("bart", {"decoder_layers": 3}),
+        ("bart", {"encoder_layers": 3}),  # distilbart: fewer layers in the decoder
+    ],
+)
+def test_a_prefix_is_sized_by_the_decoder(architecture: str, sizes: dict[str, int]) -> None:
+    bench = seq2seq.bench(architecture, "prefix_tuning", **sizes)
+    bare = Bench(bench.base, bench.base)  # 5.24 alone cannot generate with a t5 of more layers in the decoder
+    for mode in ("greedy", "left_padded", "causal_forward"):
+        assert seq2seq.judge(mode, bench) == "exact" or seq2seq.judge(mode, bare).startswith("raises")
+
+
 def test_encoder_outputs_alone_are_refused() -> None:
     bench = seq2seq.bench("t5", "prompt_tuning")
     with torch.no_grad():

@@ -99,7 +99,7 @@ def _check_head(peft_model: Any, input_ids: torch.Tensor | None) -> Check:
 def misfit(config: Any, base: Any, text: int = 1) -> str | None:
     """Why a soft prompt's PeftConfig cannot work on this base model with `text` real tokens, or None where it fits."""
     if getattr(base.config, "is_encoder_decoder", False):
-        return "the base model is an encoder-decoder, which ptfix does not support"
+        return "the base model is an encoder-decoder, which is not checked on disk: the first generate() in use is"
     length = config.num_virtual_tokens
     if config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
         layers = getattr(models.text_config(base.config), "num_hidden_layers", None)
