@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import ptfix
-from ptfix.soft_prompts.proof import probes
+from ptfix.soft_prompts.proof import check, probes
 from tests.matrix import seq2seq
 from tests.matrix.seq2seq import METHODS, MODES, Bench
 
@@ -190,6 +190,17 @@ def test_a_trainer_that_predicts_with_generate(method: str, tmp_path: Path) -> N
     said = torch.from_numpy(trainer.predict(rows).predictions)[:, 1:5]  # which Trainer fills with padding
     for text, answer in zip(texts, said, strict=True):
         assert torch.equal(bench.truth(torch.tensor([text]), answer).argmax(-1), answer)
+
+
+@pytest.mark.parametrize("architecture", ["t5", "bart"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_check_after_training(architecture: str, method: str) -> None:
+    bench = seq2seq.bench(architecture, method)
+    assert check.check(bench.model).good
+    bench.model.generate = lambda *args, task_ids=None, **kwargs: bench.base.generate(*args, **kwargs)
+    found = check.check(bench.model)
+    assert (found.acts, found.exact) == (True, False)
+    assert "ignores the soft prompt" in found.sentence
 
 
 def test_the_probes_find_stock_wrong_and_cost_little() -> None:
