@@ -28,7 +28,9 @@ def _is_ours(peft_model: Any) -> bool:
     """Has this model a prefix that the host does not read? Where only sliding windows fail, the others stay stock's."""
     from ptfix.soft_prompts import adapter, caches, training
 
-    if training.is_traced() or not adapter.has_prefix(peft_model):  # a graph stays the host's own, without a break
+    if training.is_traced() or adapter.is_encoder_decoder(peft_model.base_model):
+        return False  # a graph stays the host's own, without a break; encoder-decoders have a fix of their own
+    if not adapter.has_prefix(peft_model):
         return False
     return _full_attention_fails() or caches.names_window_layers(peft_model.base_model)
 

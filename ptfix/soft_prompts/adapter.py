@@ -27,20 +27,26 @@ def active_config(peft_model: Any) -> Any:
     return peft_model.peft_config[peft_model.active_adapter]
 
 
-def has_soft_prompt(peft_model: Any) -> bool:
-    """Is the active adapter a decoder-only prompt-learning one for causal language modelling, and switched on?
+def is_encoder_decoder(model: Any) -> bool:
+    """Does it read one text and write another (t5, bart)?"""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
-    disable_adapter() hangs the base model's forward on the PeftModel; that is the one sign all releases of peft share.
-    """
-    from peft import PeftModelForCausalLM
+
+def has_soft_prompt(peft_model: Any) -> bool:
+    """Is the active adapter a prompt-learning one for language modelling, and switched on?"""
+    import peft
 
     base = peft_model.base_model
-    encoder_decoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
-    if not isinstance(peft_model, PeftModelForCausalLM):
+    kind = peft.PeftModelForSeq2SeqLM if is_encoder_decoder(base) else peft.PeftModelForCausalLM
+    if not isinstance(peft_model, kind) or not active_config(peft_model).is_prompt_learning:
         return False
-    if not active_config(peft_model).is_prompt_learning or encoder_decoder:
-        return False
-    return bool(vars(peft_model).get("forward") != base.forward)
+    return not is_switched_off(peft_model)
+
+
+def is_switched_off(peft_model: Any) -> bool:
+    """Is this inside disable_adapter()? It hangs the base model's forward on the PeftModel; that is the one sign all
+    releases of peft share."""
+    return bool(vars(peft_model).get("forward") == peft_model.base_model.forward)
 
 
 def has_prefix(peft_model: Any) -> bool:
@@ -80,6 +86,22 @@ class SoftPrompt:
     def length(self) -> int:
         """Number of virtual tokens."""
         return int(self.config.num_virtual_tokens)
+
+    @property
+    def in_decoder(self) -> int:
+        """Number of virtual tokens in front of what an encoder-decoder writes; the others stand before what it reads.
+
+        peft gives prompt tuning and p-tuning a part for the decoder too, and never uses it.
+        """
+        if self.is_prefix:
+            return self.length
+        both = self.config.num_transformer_submodules == 2
+        return self.length if both and self.config.peft_type == "MULTITASK_PROMPT_TUNING" else 0
+
+    @property
+    def in_encoder(self) -> int:
+        """Number of virtual tokens in front of what an encoder-decoder reads."""
+        return 0 if self.is_prefix else self.length
 
     @property
     def is_prefix(self) -> bool:

@@ -111,17 +111,28 @@ def one_step(
 
 def _view(peft_model: Any, turn: _Turn) -> Any:
     """A private view of the base model for one generate() call: its own attributes, the same weights."""
-    twin = views.shallow(turn.base, generation_config=peft_model.generation_config, _ptfix_turn=turn)
-    twin.__class__ = _view_class(type(twin))  # type: ignore[arg-type]
-    # Attributes of the base that stand for one call of its own: peft hangs a bound method on it (and, interrupted,
-    # leaves it there), the host keeps its last static cache.
-    for name in ("prepare_inputs_for_generation", "_cache", "_static_cache"):
-        twin.__dict__.pop(name, None)
-        twin._modules.pop(name, None)
+    twin = view_of(turn.base, _SoftPromptView, peft_model.generation_config, turn)
     body = twin._modules.get("model")
     if hasattr(body, "rope_deltas"):
         # Left on the base, an image's offset would move the positions of the next training step.
         twin._modules["model"] = views.shallow(body, rope_deltas=None)
+    return twin
+
+
+def view_of(base: Any, mixin: type[View], generation_config: Any, turn: Any) -> Any:
+    """A view of `base` with `mixin` in front of its class, that keeps what one call knows in ``_ptfix_turn``."""
+    twin = views.shallow(base, generation_config=generation_config, _ptfix_turn=turn)
+    twin.__class__ = _view_class(mixin, type(twin))  # type: ignore[arg-type]
+    # Attributes of the base that stand for one call of its own: peft hangs bound methods on it (and, interrupted,
+    # leaves them there), the host keeps its last static cache.
+    for name in (
+        "prepare_inputs_for_generation",
+        "_prepare_encoder_decoder_kwargs_for_generation",
+        "_cache",
+        "_static_cache",
+    ):
+        twin.__dict__.pop(name, None)
+        twin._modules.pop(name, None)
     return twin
 
 
@@ -131,11 +142,11 @@ def _has_image_positions(base: Any) -> bool:
 
 
 @cache
-def _view_class(base_class: type[Any]) -> type[Any]:
+def _view_class(mixin: type[View], base_class: type[Any]) -> type[Any]:
     # The host looks at names (is it mamba? is it remote code?), so the view keeps its base's.
     return type(
         base_class.__name__,
-        (_SoftPromptView, base_class),
+        (mixin, base_class),
         {"__module__": base_class.__module__, "__doc__": base_class.__doc__},
     )
 
@@ -185,8 +196,45 @@ class _Turn:
         self.most_pads = 0 if self.pads is None else int(self.pads.max())
 
 
-class _SoftPromptView:
-    """Mixed in front of the base model's class."""
+class View:
+    """Mixed in front of the base model's class: what one generate() call changes, whatever the architecture."""
+
+    _ptfix_turn: Any
+
+    def _ptfix_room(self) -> int:
+        """How many virtual tokens the decoder's KV cache holds."""
+        return int(self._ptfix_turn.prompt.length)
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        # The view lives for one call, the compiled graph must not.
+        return self._ptfix_turn.base.get_compiled_call(compile_config)
+
+    def _get_initial_cache_position(self, *args: Any) -> Any:  # transformers < 5.4
+        # The host takes the cache's length, in which the soft prompt is counted, from the text's, in which it is not.
+        # Its answer is never read: prepare_inputs_for_generation counts anew at each step.
+        model_kwargs = args[-1]
+        model_kwargs["cache_position"] = torch.zeros(1, dtype=torch.long, device=self._ptfix_turn.base.device)
+        return model_kwargs
+
+    def _more_room(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Call the host's maker of fixed-size caches, which sizes them for real tokens only."""
+        maker = getattr(super(), name)
+        bound = inspect.signature(maker).bind(*args, **kwargs)
+        bound.arguments["max_cache_len"] += self._ptfix_room()
+        return maker(*bound.args, **bound.kwargs)
+
+    def _get_static_cache(self, *args: Any, **kwargs: Any) -> Any:  # transformers 4.41
+        return self._more_room("_get_static_cache", *args, **kwargs)
+
+    def _get_cache(self, *args: Any, **kwargs: Any) -> Any:  # transformers 4.42 to 5.0
+        return self._more_room("_get_cache", *args, **kwargs)
+
+    def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Any:  # transformers >= 5.1
+        return self._more_room("_prepare_static_cache", *args, **kwargs)
+
+
+class _SoftPromptView(View):
+    """The view of a decoder."""
 
     _ptfix_turn: _Turn
 
@@ -287,17 +335,6 @@ class _SoftPromptView:
             config.prefill_chunk_size = None
         return (config, *rest)
 
-    def get_compiled_call(self, compile_config: Any) -> Any:
-        # The view lives for one call, the compiled graph must not.
-        return self._ptfix_turn.base.get_compiled_call(compile_config)
-
-    def _get_initial_cache_position(self, *args: Any) -> Any:  # transformers < 5.4
-        # The host takes the cache's length, in which the soft prompt is counted, from the text's, in which it is not.
-        # Its answer is never read: prepare_inputs_for_generation counts anew at each step.
-        model_kwargs = args[-1]
-        model_kwargs["cache_position"] = torch.zeros(1, dtype=torch.long, device=self._ptfix_turn.base.device)
-        return model_kwargs
-
     def _setup_cache(self, *args: Any, **kwargs: Any) -> None:  # transformers 4.38 to 4.41
         # Hung on the attention modules: the view needs its own, or a failure leaves the base model with a cache.
         for name, child in self._modules.items():  # type: ignore[attr-defined]
@@ -308,22 +345,6 @@ class _SoftPromptView:
             return
         self._more_room("_setup_cache", *args, **kwargs)
         self._ptfix_turn.on_layers = caches.OnLayers(self)
-
-    def _more_room(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Call the host's maker of fixed-size caches, which sizes them for real tokens only."""
-        maker = getattr(super(), name)
-        bound = inspect.signature(maker).bind(*args, **kwargs)
-        bound.arguments["max_cache_len"] += self._ptfix_turn.prompt.length
-        return maker(*bound.args, **bound.kwargs)
-
-    def _get_static_cache(self, *args: Any, **kwargs: Any) -> Any:  # transformers 4.41
-        return self._more_room("_get_static_cache", *args, **kwargs)
-
-    def _get_cache(self, *args: Any, **kwargs: Any) -> Any:  # transformers 4.42 to 5.0
-        return self._more_room("_get_cache", *args, **kwargs)
-
-    def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Any:  # transformers >= 5.1
-        return self._more_room("_prepare_static_cache", *args, **kwargs)
 
 
 class _Text:

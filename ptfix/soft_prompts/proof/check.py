@@ -18,7 +18,7 @@ import torch
 
 from ptfix import errors, models
 from ptfix.soft_prompts import saving
-from ptfix.soft_prompts.adapter import SoftPrompt, active_config, has_soft_prompt
+from ptfix.soft_prompts.adapter import SoftPrompt, active_config, has_soft_prompt, is_encoder_decoder
 from ptfix.soft_prompts.proof import reference, task_heads
 
 #: What an adapter of many tasks is checked with.
@@ -65,6 +65,8 @@ def check(peft_model: Any, input_ids: torch.Tensor | None = None, new_tokens: in
     asked = Asked(peft_model, new_tokens)
     base = peft_model.base_model
     row = models.any_row(base, seed=0) if input_ids is None else input_ids.to(asked.device)
+    if is_encoder_decoder(base):
+        return _check_encoder_decoder(asked, row)
     with isolated(peft_model):
         ids, scores = asked.truth(row)
         plain = torch.cat([reference.last_logits(base, ids[:, :stop]) for stop in range(row.shape[1], ids.shape[1])])
@@ -78,6 +80,10 @@ def check(peft_model: Any, input_ids: torch.Tensor | None = None, new_tokens: in
         at = asked.first_difference(answer)
         # Nearer to the base than to the truth: also seen where a weak prompt hides in the tolerance of a coarse dtype.
         ignored = acts and answer.scores is not None and _nearer(answer.scores, plain, scores)
+    return _verdict(acts, at, ignored)
+
+
+def _verdict(acts: bool, at: int | None, ignored: bool) -> Check:
     if not acts:
         return Check(False, at is None, at, _NO_EFFECT)
     if ignored:
@@ -85,6 +91,28 @@ def check(peft_model: Any, input_ids: torch.Tensor | None = None, new_tokens: in
     if at is not None:
         return Check(True, False, at, f"generate() leaves the training forward at new token {at + 1}")
     return Check(True, True, None, _GOOD)
+
+
+def _check_encoder_decoder(asked: Asked, row: torch.Tensor) -> Check:
+    """The truth of an answer is the training forward with the answer as its labels."""
+    model, base = asked.model, asked.base
+    with isolated(model):
+        answer, scores, raised = models.any_row(base, seed=1, tokens=asked.new_tokens), None, None
+        try:
+            out = asked.output(input_ids=row, decoder_start_token_id=base.config.decoder_start_token_id)
+            scores = torch.cat(out.scores).float()
+            answer = out.sequences[:, -len(scores) :]
+        except Exception as error:  # whatever the host raises is the finding
+            raised = errors.one_line(error)
+        read = {"input_ids": row, "labels": answer}
+        truth = reference.logits(model, answer.shape[1], **read, **asked.task_ids())
+        plain = reference.logits(base, answer.shape[1], **read)
+    acts = models.distance(plain, truth) > models.noise(base)
+    if scores is None:
+        return Check(acts, False, None, f"generate() raises {raised}; its training forward does not")
+    near = models.tolerance(base)
+    wrong = (at for at, (got, true) in enumerate(zip(scores, truth, strict=True)) if models.distance(got, true) > near)
+    return _verdict(acts, next(wrong, None), acts and _nearer(scores, plain, truth))
 
 
 def _check_head(peft_model: Any, input_ids: torch.Tensor | None) -> Check:
@@ -121,8 +149,10 @@ def unlike_saved(peft_model: Any, folder: Path | str) -> str | None:
 
 def misfit(config: Any, base: Any, text: int = 1) -> str | None:
     """Why a soft prompt's PeftConfig cannot work on this base model with `text` real tokens, or None where it fits."""
-    if getattr(base.config, "is_encoder_decoder", False):
-        return "the base model is an encoder-decoder, which ptfix does not support"
+    if is_encoder_decoder(base):
+        return (
+            "the base model is an encoder-decoder, whose adapter is checked by SoftPromptCallback and at its first use"
+        )
     length = config.num_virtual_tokens
     if config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
         layers = getattr(models.text_config(base.config), "num_hidden_layers", None)

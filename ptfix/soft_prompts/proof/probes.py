@@ -384,6 +384,51 @@ def reload_fault() -> str | None:
 
 
 @aside()
+def seq2seq_prefix_fault(submodules: int) -> str | None:
+    """What peft gives the decoder of an encoder-decoder: is it a prefix for self-attention, and nothing else?
+
+    Asked of a decoder that passes for one, since t5 and bart take long to load. Cross-attention that is given keys and
+    values reads them in place of the text: always (t5 since 4.46), or where the text is as long as the prefix.
+    """
+    from peft import PeftModelForSeq2SeqLM
+
+    model = views.shallow(_prefix_tuned())
+    model.__class__ = PeftModelForSeq2SeqLM
+    config = copy.copy(model.peft_config["default"])
+    config.num_transformer_submodules = submodules
+    sizes = copy.copy(model.base_model.config)
+    sizes.is_encoder_decoder = True
+    model._modules["base_model"] = views.shallow(model.base_model, config=sizes)
+    model.__dict__.update(_peft_config={"default": config}, config=sizes)
+    where = f"a prefix of {submodules} submodule{'s' * (submodules > 1)}"
+    try:
+        held = model.get_prompt(1)
+    except Exception as error:
+        return f"the training forward with {where} raises {type(error).__name__}"
+    if hasattr(held, "cross_attention_cache"):
+        return f"with {where} cross-attention reads the prefix" if caches.length(held.cross_attention_cache) else None
+    if caches.is_cache(held) or len(held[0]) != 4:
+        return f"with {where} self-attention and cross-attention share one cache"
+    return f"with {where} cross-attention reads the prefix" if held[0][2].numel() else None
+
+
+@aside()
+def seq2seq_generate_fault() -> str | None:
+    """Does generate() of an encoder-decoder refuse a text, or keep the soft prompt inside disable_adapter()?
+
+    What is wrong wherever anything is, and can be asked of a decoder. Whether what generate() answers is what was
+    trained, the first use of a model shows.
+    """
+    from peft import PeftModelForSeq2SeqLM
+
+    model, ids = views.shallow(_prefix_tuned()), torch.tensor([[3, 4, 5, 6]])
+    model.__class__ = PeftModelForSeq2SeqLM
+    truth = model.base_model.generate(ids, **_TWO)
+    with model.disable_adapter():
+        return _differs("the text of a disabled adapter", lambda: model.generate(ids, **_TWO), truth)
+
+
+@aside()
 def sharded_saving_fault() -> str | None:
     """Does saving fail where the weights of a soft prompt are a DTensor, as FSDP2 leaves them?"""
     from torch.distributed.device_mesh import DeviceMesh
