@@ -452,7 +452,7 @@ for trial in range(trials):
             if reader.id not in homeless:
                 faults.append((trial, reader.id, str(error)))
             continue
-        if not (found.default in texts or (found.default is None and (reader.id in homeless or reader.processor))):
+        if not (found.default in texts or (found.default is None and (reader.id in homeless or reader.kind == "processor"))):
             faults.append((trial, reader.id, (found.default or "")[:10]))
         faults += [(trial, reader.id, name) for name, text in found.named.items() if text not in texts]
     left = dict(place.tokenizer_config, chat_template=None)
