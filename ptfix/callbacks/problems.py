@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, TypeAlias
+
+from ptfix import errors
 
 logger = logging.getLogger("ptfix")
 
@@ -27,6 +31,16 @@ class Problems:
     def begin(self) -> None:
         """A new run: what was told may be told again."""
         self._told.clear()
+
+    @contextmanager
+    def guarded(self, fault: str) -> Iterator[None]:
+        """An error inside is a problem, too, and ends no run: `fault` says in a few words what did not happen."""
+        try:
+            yield
+        except self.error:
+            raise
+        except Exception as error:
+            self.tell(f"{fault}: {errors.one_line(error)}")
 
     def tell(self, *sentences: str) -> None:
         """All of them, each in a warning of its own, or in one error."""
