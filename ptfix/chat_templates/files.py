@@ -41,6 +41,7 @@ from ptfix.chat_templates.readers import (
     read_bytes,
 )
 from ptfix.chat_templates.texts import unix_lines
+from ptfix.errors import one_line
 
 __all__ = [
     "READERS",
@@ -219,8 +220,8 @@ def staged(folder: str | Path) -> Iterator[Path]:
             held.clean()
         stage = _temporary(place / "save")
         stage.mkdir()
-    except (OSError, WriteError) as error:
-        raise StageError(_refused(place, error)) from error
+    except Exception as error:
+        raise StageError(f"{place} cannot have a stage: {one_line(error)}") from error
     try:
         yield stage
     finally:
