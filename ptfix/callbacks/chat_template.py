@@ -48,7 +48,8 @@ class ChatTemplateCallback(TrainerCallback):  # type: ignore[misc]  # the hosts 
         repair_eos: bool = False,
         smoke_tokens: int = 0,
     ) -> None:
-        self._problems = Problems(on_problem, ChatTemplateError)
+        # A save finds some of the same problems, and says them in the same words.
+        self._problems = Problems(on_problem, ChatTemplateError, saving.warn)
         self.inference_template, self.base = inference_template, base
         self.repair_eos, self.smoke_tokens = repair_eos, smoke_tokens
         self._saver: Any = None
@@ -58,7 +59,6 @@ class ChatTemplateCallback(TrainerCallback):  # type: ignore[misc]  # the hosts 
             self._register(kwargs)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._problems.begin()
         with self._problems.guarded(_NOT_REGISTERED):
             self._register(kwargs)
             if self._saver is not None:
@@ -88,19 +88,12 @@ class ChatTemplateCallback(TrainerCallback):  # type: ignore[misc]  # the hosts 
         if not chosen.judged:  # each save tries again, and says what it did
             logger.info("which chat template is right could not be judged yet: %s", "; ".join(chosen.reasons))
         elif chosen.templates is None and saving.training_template(self._saver) is not None:
-            self._tell(saving.as_it_is(chosen))
+            self._problems.tell(saving.as_it_is(chosen))
         if chosen.templates is None:
             return
         logger.info("checkpoints get the chat template of %s", chosen.source)
         if state.is_world_process_zero and model is not None:
             self._check_first_batch(model, chosen.templates.default)
-
-    def _tell(self, sentence: str) -> None:
-        """A problem that a save may have said already."""
-        if self._problems.raises:
-            self._problems.tell(sentence)
-        else:
-            saving.warn(sentence)
 
     def _register(self, given: dict[str, Any]) -> None:
         """The object whose template counts: the Trainer's own, or the collator's, or the base model's."""
@@ -130,9 +123,9 @@ class ChatTemplateCallback(TrainerCallback):  # type: ignore[misc]  # the hosts 
                 names = ", ".join(str(change.path.relative_to(folder.resolve())) for change in outcome.changes)
                 logger.warning("%s held another chat template and now holds the one for inference: %s", folder, names)
             if outcome.problems:
-                self._tell(saving.not_written(folder, outcome.problems))
+                self._problems.tell(saving.not_written(folder, outcome.problems))
         if not chosen.judged:
-            self._tell(saving.not_judged(folder, chosen))
+            self._problems.tell(saving.not_judged(folder, chosen))
 
     def _check_first_batch(self, model: Any, template: str | None) -> None:
         """Judge the first batch when the model is fed with it: real rows, and no random number is drawn for them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, TypeAlias
 
@@ -17,16 +17,22 @@ OnProblem: TypeAlias = Literal["warn", "raise"]
 class Problems:
     """Told through ``logging.getLogger("ptfix")``, or raised as `error`.
 
+    Args:
+        warn: says a sentence once. None: `begin` says when it may be said again.
+
     Raises:
         ValueError: `on_problem` is neither ``"warn"`` nor ``"raise"``.
     """
 
-    def __init__(self, on_problem: OnProblem, error: type[RuntimeError]) -> None:
+    def __init__(
+        self, on_problem: OnProblem, error: type[RuntimeError], warn: Callable[[str], None] | None = None
+    ) -> None:
         if on_problem not in ("warn", "raise"):
             raise ValueError(f"on_problem is {on_problem!r}; it must be 'warn' or 'raise'.")
         self.error = error
         self.raises = on_problem == "raise"
         self._told: set[str] = set()
+        self._warn = warn or self._warn_once
 
     def begin(self) -> None:
         """A new run: what was told may be told again."""
@@ -47,6 +53,9 @@ class Problems:
         if self.raises and sentences:
             raise self.error("; ".join(sentences))
         for sentence in sentences:
-            if sentence not in self._told:
-                self._told.add(sentence)
-                logger.warning(sentence)
+            self._warn(sentence)
+
+    def _warn_once(self, sentence: str) -> None:
+        if sentence not in self._told:
+            self._told.add(sentence)
+            logger.warning("%s", sentence)

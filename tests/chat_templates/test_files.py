@@ -479,7 +479,7 @@ def test_a_kill_at_any_moment_leaves_each_file_old_or_new(folder: Path) -> None:
 
 @pytest.fixture
 def swapped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder outside, to which additional_chat_templates/ becomes a link after the plan and before the first write."""
+    """A folder outside, to which additional_chat_templates/ is a link, after the plan, before the first write."""
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "old.jinja").write_text("stale")  # as in the folder: only its place tells them apart
