@@ -285,7 +285,7 @@ def as_it_is(chosen: Choice) -> str:
 def not_judged(folder: Any, chosen: Choice) -> str:
     """That nobody could find out which template is right."""
     kept = "the one in memory" if chosen.templates is None else "the one that was right when it was last judged"
-    return (
+    return _of_checkpoint(
         f"which chat template is right for inference could not be judged, so {os.path.abspath(folder)} is saved with "
         f"{kept}: {'; '.join(chosen.reasons)} The next save tries again."
     )
@@ -293,10 +293,15 @@ def not_judged(folder: Any, chosen: Choice) -> str:
 
 def not_written(folder: Any, problems: Iterable[str]) -> str:
     """That a template is not everywhere."""
-    return (
+    return _of_checkpoint(
         f"the chat template for inference is not in every place of {os.path.abspath(folder)} where readers look: "
         f"{'; '.join(problems)}"
     )
+
+
+def _of_checkpoint(sentence: str) -> str:
+    """With the folders' names as they will be: transformers <4.39 saves into tmp-checkpoint-N and renames that."""
+    return sentence.replace(f"{os.sep}tmp-checkpoint-", f"{os.sep}checkpoint-")
 
 
 @functools.lru_cache(maxsize=256)
