@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -536,18 +537,33 @@ def test_nothing_is_written_through_a_link_that_comes_while_a_file_is_written(
         replace(self, name, *args)
 
     monkeypatch.setattr(files._Directory, "replace", swap)
-    files.write_where_possible(folder, SEVERAL, processor=True)
+    found = files.write_where_possible(folder, SEVERAL, processor=True)
     assert real.is_symlink()
     assert list(outside.iterdir()) == []
+    assert found.problems == []
+    assert {path.name for path in (folder / "aside").iterdir()} == {"tool_use.jinja", "rag.jinja"}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="symbolic links need privileges elsewhere")
-def test_a_staged_file_is_not_moved_through_a_link(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("planned", [False, True], ids=["before the plan", "after it"])
+def test_a_staged_file_is_not_moved_through_a_link(
+    planned: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
+    commit, link = files._commit, folder / "additional_chat_templates"
+
+    def swap(*args: Any, **kwargs: Any) -> Any:
+        if not link.is_symlink():
+            link.symlink_to(outside)
+        return commit(*args, **kwargs)
+
     with files.staged(folder) as stage:
         (stage / "tokenizer_config.json").write_text("{}")
-        (folder / "additional_chat_templates").symlink_to(outside)
+        if planned:
+            monkeypatch.setattr(files, "_commit", swap)
+        else:
+            link.symlink_to(outside)
         found = files.publish(stage, folder, SEVERAL, processor=True)
     assert list(outside.iterdir()) == []
     assert any("symbolic link" in problem for problem in found.problems)
