@@ -89,12 +89,7 @@ def _remedy() -> str:
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'ptfix' has no attribute {name!r}")
-    try:
-        room = importlib.import_module(_LAZY[name])
-    except ModuleNotFoundError as error:
-        if error.name != _LAZY[name]:
-            raise
-        raise AttributeError(f"ptfix {__version__} has no {name!r} yet") from error
+    room = importlib.import_module(_LAZY[name])
     return room if room.__name__ == f"ptfix.{name}" else getattr(room, name)
 
 

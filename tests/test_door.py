@@ -177,9 +177,3 @@ except ptfix.PatchError as error:
         "one warning for one cause, without a logger too"
     )
     assert "nstall" in result.stderr, "the warning says what to install"
-
-
-def test_a_room_that_is_not_built_is_an_attribute_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ptfix._LAZY, "attic", "ptfix.attic")
-    with pytest.raises(AttributeError, match="no 'attic' yet"):
-        _ = ptfix.attic

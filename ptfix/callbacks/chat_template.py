@@ -9,15 +9,16 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ptfix import errors, models
+from ptfix import models
 from ptfix.callbacks.problems import OnProblem, Problems, never_ends_a_run
-from ptfix.chat_templates import choosing, files, parity, readers, saving
+from ptfix.chat_templates import choosing, parity, readers, saving
 
 logger = logging.getLogger("ptfix")
 
 
 #: How many rows of the first batch are looked at.
 _ROWS = 8
+_NOT_REGISTERED = "checkpoints may get another chat template than the one for inference"
 
 
 class ChatTemplateError(RuntimeError):
@@ -30,7 +31,7 @@ class ChatTemplateCallback(TrainerCallback):  # type: ignore[misc]  # the hosts 
 
     The tokenizer keeps its training template in memory. What is saved, by whomever, is the inference template; where a
     saver writes no tokenizer (sharded FSDP checkpoints, savers of adapters alone), this callback does. Silent about
-    tokenizers without a template.
+    tokenizers without a template. Whatever goes wrong in it is a problem as others are, and ends no run by itself.
 
     Args:
         inference_template: the template to save. None: see `ptfix.chat_templates.register`.
@@ -48,41 +49,52 @@ class ChatTemplateCallback(TrainerCallback):  # type: ignore[misc]  # the hosts 
         repair_eos: bool = False,
         smoke_tokens: int = 0,
     ) -> None:
-        self._problems = Problems(on_problem, ChatTemplateError)
+        # A save finds some of the same problems, and says them in the same words.
+        self._problems = Problems(on_problem, ChatTemplateError, saving.warn)
         self.inference_template, self.base = inference_template, base
         self.repair_eos, self.smoke_tokens = repair_eos, smoke_tokens
         self._saver: Any = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._register(kwargs)
+        with self._problems.guarded(_NOT_REGISTERED):
+            self._register(kwargs)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._problems.begin()
-        self._register(kwargs)
-        if self._saver is None:
-            return
-        saving.at_train_begin(self._saver)
-        chosen = saving.choice(self._saver)
-        if chosen.templates is None:
-            if saving.training_template(self._saver) is not None:
-                self._problems.tell(f"the chat template is saved as it is: {'; '.join(chosen.reasons)}")
-            return
-        logger.info("checkpoints get the chat template of %s", chosen.source)
-        if state.is_world_process_zero and kwargs.get("model") is not None:
-            self._check_first_batch(kwargs["model"], chosen.templates.default)
+        with self._problems.guarded(_NOT_REGISTERED):
+            self._register(kwargs)
+            if self._saver is not None:
+                self._begin(state, kwargs.get("model"))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.should_save:
-            self._verify(Path(args.output_dir) / f"checkpoint-{state.global_step}", complete=True)
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            with self._problems.guarded(f"the chat template of {folder} could not be checked"):
+                self._verify(folder, complete=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.should_save:
-            self._verify(Path(args.output_dir), complete=False)
+            with self._problems.guarded(f"the chat template of {args.output_dir} could not be checked"):
+                self._verify(Path(args.output_dir), complete=False)
         if self.smoke_tokens and self._saver is not None and state.is_world_process_zero:
-            if models.is_sharded(args, kwargs["model"]):
-                logger.warning("the model was not asked a question: each process holds only a part of the weights.")
-            else:
-                self._smoke(kwargs["model"])
+            with self._problems.guarded("the model could not be asked a question"):
+                if models.is_sharded(args, kwargs["model"]):
+                    logger.warning("the model was not asked a question: each process holds only a part of the weights.")
+                else:
+                    self._smoke(kwargs["model"])
+
+    def _begin(self, state: Any, model: Any) -> None:
+        """Say what checkpoints will get, and wait for the first batch."""
+        saving.at_train_begin(self._saver)
+        chosen = saving.choice(self._saver)
+        if not chosen.judged:  # each save tries again, and says what it did
+            logger.info("which chat template is right could not be judged yet: %s", "; ".join(chosen.reasons))
+        elif chosen.templates is None and saving.training_template(self._saver) is not None:
+            self._problems.tell(saving.as_it_is(chosen))
+        if chosen.templates is None:
+            return
+        logger.info("checkpoints get the chat template of %s", chosen.source)
+        if state.is_world_process_zero and model is not None:
+            self._check_first_batch(model, chosen.templates.default)
 
     def _register(self, given: dict[str, Any]) -> None:
         """The object whose template counts: the Trainer's own, or the collator's, or the base model's."""
@@ -100,22 +112,21 @@ class ChatTemplateCallback(TrainerCallback):  # type: ignore[misc]  # the hosts 
         """Look at what landed on disk; `complete` where a tokenizer has to be there."""
         if self._saver is None or not folder.is_dir():
             return
+        has_tokenizer = (folder / readers.TOKENIZER_CONFIG).is_file()
+        if not has_tokenizer and not complete:
+            return
         chosen = saving.choice(self._saver)
-        if chosen.templates is None:
-            return
-        if not (folder / readers.TOKENIZER_CONFIG).is_file():
-            if complete:
+        if chosen.templates is not None:
+            if not has_tokenizer:
                 self._saver.save_pretrained(folder)
-                saving.write(folder, chosen.templates, self._saver)
-            return
-        try:
-            changes = saving.write(folder, chosen.templates, self._saver)
-        except (files.WriteError, files.ReadError) as error:
-            self._problems.tell(f"the chat template of {folder} could not be checked: {error}")
-            return
-        if changes:
-            names = ", ".join(str(change.path.relative_to(folder.resolve())) for change in changes)
-            logger.warning("%s held another chat template and now holds the one for inference: %s", folder, names)
+            outcome = saving.write(folder, chosen.templates, self._saver)
+            if outcome.changes and has_tokenizer:
+                names = ", ".join(str(change.path.relative_to(folder.resolve())) for change in outcome.changes)
+                logger.warning("%s held another chat template and now holds the one for inference: %s", folder, names)
+            if outcome.problems:
+                self._problems.tell(saving.not_written(folder, outcome.problems))
+        if not chosen.judged:
+            self._problems.tell(saving.not_judged(folder, chosen))
 
     def _check_first_batch(self, model: Any, template: str | None) -> None:
         """Judge the first batch when the model is fed with it: real rows, and no random number is drawn for them."""
@@ -124,12 +135,8 @@ class ChatTemplateCallback(TrainerCallback):  # type: ignore[misc]  # the hosts 
             handle.remove()
             ids, labels = given.get("input_ids"), given.get("labels")
             if ids is not None and labels is not None and ids.dim() == 2 and ids.shape == labels.shape:
-                try:
+                with self._problems.guarded("the first batch could not be checked"):
                     self._judge(module, template, given)
-                except ChatTemplateError:
-                    raise
-                except Exception as error:  # nobody shall believe that the batch was found good
-                    self._problems.tell(f"the first batch could not be checked: {errors.one_line(error)}")
 
         handle = model.register_forward_pre_hook(look, with_kwargs=True)
 

@@ -20,16 +20,25 @@ Callback = TypeVar("Callback", bound=type)
 class Problems:
     """Says problems through ``logging.getLogger("ptfix")``, or raises them as `error`.
 
+    Args:
+        warn: says a sentence once. None: `begin` says when it may be said again.
+
     Raises:
         ValueError: `on_problem` is neither ``"warn"`` nor ``"raise"``.
     """
 
-    def __init__(self, on_problem: OnProblem = "warn", error: type[RuntimeError] | None = None) -> None:
+    def __init__(
+        self,
+        on_problem: OnProblem = "warn",
+        error: type[RuntimeError] | None = None,
+        warn: Callable[[str], None] | None = None,
+    ) -> None:
         if on_problem not in ("warn", "raise"):
             raise ValueError(f"on_problem is {on_problem!r}; it must be 'warn' or 'raise'.")
         self.error = error
         self.raises = on_problem == "raise"
         self._told: set[str] = set()
+        self._warn = warn
 
     def begin(self) -> None:
         """A new run: what was said may be said again."""
@@ -62,7 +71,9 @@ class Problems:
 
     def say(self, sentence: str, kind: str = "") -> None:
         """A warning where nothing is wrong with the run, also where problems are raised; once for each `kind`."""
-        if (kind or sentence) not in self._told:
+        if self._warn is not None:
+            self._warn(sentence)
+        elif (kind or sentence) not in self._told:
             self._told.add(kind or sentence)
             logger.warning(sentence)
 

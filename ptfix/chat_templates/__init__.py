@@ -21,12 +21,7 @@ _LAZY = {"Diagnosis": "diagnosis", "diagnose": "diagnosis", "register": "saving"
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-    except ModuleNotFoundError as error:
-        if error.name != f"{__name__}.{_LAZY[name]}":
-            raise
-        raise AttributeError(f"this ptfix has no {__name__}.{name} yet") from error
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
 
 
 def __dir__() -> list[str]:

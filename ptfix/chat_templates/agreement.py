@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 
 from ptfix.chat_templates.probes import ANSWERS, EARLIER_ANSWER, QUESTIONS, THOUGHT, TOOL_RESULT, Observed, observe_all
-from ptfix.chat_templates.rendering import unavailable
 from ptfix.chat_templates.texts import common_end, difference, units
 
 _WORDS = re.compile("|".join(re.escape(words) for words in (*QUESTIONS, EARLIER_ANSWER, ANSWERS[0], TOOL_RESULT)))
@@ -21,9 +20,10 @@ def disagreement(inference: str, training: str, special_tokens: Mapping[str, str
 
     Returns:
         One sentence with the first difference, or None where `inference` asks in the text that `training` trained on.
+
+    Raises:
+        NotRenderedError: they could not be compared.
     """
-    if (reason := unavailable()) is not None:
-        return reason
     taught, asked = observe_all([training, inference], special_tokens)
     for template, observed in (("training", taught), ("inference", asked)):
         if not observed.turns:

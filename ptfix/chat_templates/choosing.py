@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ptfix.chat_templates.diagnosis import Diagnosis, diagnose, disagreement
+from ptfix.chat_templates import diagnosis
+from ptfix.chat_templates.diagnosis import Diagnosis
 from ptfix.chat_templates.readers import JSON_LIMIT, Templates, parsed, read_bytes
-from ptfix.chat_templates.rendering import strip_generation_tags
+from ptfix.chat_templates.rendering import NotRenderedError, strip_generation_tags
 
 #: With these a model is asked in the words it was trained on; a header that is always there is how some are shipped.
 _WORKS = ("ok", "unconditional_generation_prompt")
@@ -24,6 +25,7 @@ class Choice:
     templates: Templates | None  #: None: leave the folder as it is, the reasons say why
     source: str  #: where they come from, for people; empty where there are none
     reasons: list[str] = field(default_factory=list)
+    judged: bool = True  #: False: which templates are right could not be found out, and may be the next time
 
 
 def choose(
@@ -39,6 +41,7 @@ def choose(
 
     Right is one that works for inference and renders the text that is trained on, for the user may have changed the
     format on purpose. What was asked for is taken as it is. A wrong template is worse than none: unsure, it declines.
+    Where one of them could not be judged there is no choice, not even of a later one: `judged` is False.
 
     Args:
         explicit: what the user asks for.
@@ -52,8 +55,17 @@ def choose(
     asked = Templates(explicit) if isinstance(explicit, str) else explicit
     if asked:
         return Choice(asked, "as asked for", _doubts(asked, tokens))
-    reasons: list[str] = []
     candidates = {"of the base model": base, "first seen": first_seen, "at train begin": at_train_begin}
+    try:
+        return _first_right(candidates, training, tokens)
+    except NotRenderedError as error:
+        return Choice(None, "", [str(error)], judged=False)
+
+
+def _first_right(
+    candidates: Mapping[str, Templates | None], training: Templates | None, tokens: dict[str, str] | None
+) -> Choice:
+    reasons: list[str] = []
     for which, candidate in candidates.items():
         if not candidate:
             continue
@@ -66,7 +78,7 @@ def choose(
 
 def _doubts(templates: Templates, tokens: dict[str, str] | None) -> list[str]:
     """What the user should hear about a template that is taken as it is."""
-    found = None if templates.default is None else judge(templates.default, tokens)
+    found = None if templates.default is None else diagnose(templates.default, tokens)
     return [f"Taken as it is: {reason}" for reason in (found.reasons if found and found.verdict != "ok" else [])]
 
 
@@ -104,27 +116,44 @@ def _for_inference(templates: Templates) -> Templates:
     return Templates.of(by_name, templates.source)
 
 
-# Each rendering starts a process, and the same few templates come back: with every checkpoint, in every folder.
+# Each rendering starts a process, and the same few templates come back: with every checkpoint, in every folder. What
+# could not be judged raises, and lru_cache keeps no exception: the next call tries again.
+
+
+def diagnose(template: str, special_tokens: Mapping[str, str] | None) -> Diagnosis:
+    """As `diagnosis.diagnose`, remembered where it was judged."""
+    try:
+        return judge(template, special_tokens)
+    except NotRenderedError as error:
+        return diagnosis.not_judged(error)
 
 
 def judge(template: str, special_tokens: Mapping[str, str] | None) -> Diagnosis:
-    """`diagnose`, remembered."""
+    """As `diagnosis.judge`, remembered.
+
+    Raises:
+        NotRenderedError: it could not be judged.
+    """
     return _judge(template, None if special_tokens is None else tuple(sorted(special_tokens.items())))
 
 
 def difference(inference: str, training: str, special_tokens: Mapping[str, str]) -> str | None:
-    """`disagreement`, remembered."""
+    """As `diagnosis.disagreement`, remembered.
+
+    Raises:
+        NotRenderedError: they could not be compared.
+    """
     return _difference(inference, training, tuple(sorted(special_tokens.items())))
 
 
 @functools.lru_cache(maxsize=128)
 def _judge(template: str, special_tokens: tuple[tuple[str, str], ...] | None) -> Diagnosis:
-    return diagnose(template, None if special_tokens is None else dict(special_tokens))
+    return diagnosis.judge(template, None if special_tokens is None else dict(special_tokens))
 
 
 @functools.lru_cache(maxsize=128)
 def _difference(inference: str, training: str, special_tokens: tuple[tuple[str, str], ...]) -> str | None:
-    return disagreement(inference, training, dict(special_tokens))
+    return diagnosis.disagreement(inference, training, dict(special_tokens))
 
 
 # The base model.

@@ -23,10 +23,10 @@ from ptfix.chat_templates.probes import (
     Turn,
     observe,
 )
-from ptfix.chat_templates.rendering import strip_generation_tags, unavailable
+from ptfix.chat_templates.rendering import NotRenderedError, strip_generation_tags
 from ptfix.chat_templates.texts import common_end, difference, hidden, names
 
-__all__ = ["Diagnosis", "diagnose", "disagreement"]
+__all__ = ["Diagnosis", "diagnose", "disagreement", "judge"]
 
 #: A verdict stands on these; what is odd in the others is said in the reasons.
 _PLAIN_TURNS = ("first", "other", "second")
@@ -45,18 +45,36 @@ class Diagnosis:
     repaired: str | None = None
     #: Sentences: why this verdict, what was repaired or why not, what else is odd.
     reasons: list[str] = field(default_factory=list)
+    #: False where nobody could look, so that another attempt may find more: see the reason.
+    judged: bool = True
 
 
 def diagnose(template: str, special_tokens: Mapping[str, str] | None = None) -> Diagnosis:
     """Whether a template asks for an answer in the text it trains on, and the repaired template where it does not.
 
     The template is rendered, in a child process with bounds on time and memory. Never raises for what a template does.
+    Where it could not be rendered at all, the verdict is ``"unknown"`` and `judged` is False.
 
     Args:
         special_tokens: `bos_token`, `eos_token` and so on of the tokenizer; None: plausible ones.
     """
-    if (reason := unavailable()) is not None:
-        return Diagnosis("unknown", reasons=[reason])
+    try:
+        return judge(template, special_tokens)
+    except NotRenderedError as error:
+        return not_judged(error)
+
+
+def not_judged(error: NotRenderedError) -> Diagnosis:
+    """The answer where there is none."""
+    return Diagnosis("unknown", reasons=[str(error)], judged=False)
+
+
+def judge(template: str, special_tokens: Mapping[str, str] | None = None) -> Diagnosis:
+    """As `diagnose`, for callers that keep the answer.
+
+    Raises:
+        NotRenderedError: the template could not be rendered, so there is no answer to keep.
+    """
     tokens = PLAUSIBLE_SPECIAL_TOKENS if special_tokens is None else special_tokens
     observed = observe(template, tokens)
     if not observed.turns:

@@ -26,7 +26,7 @@ from ptfix.chat_templates.readers import (
     parsed,
     read_bytes,
 )
-from ptfix.chat_templates.rendering import Job, render_all, strip_generation_tags
+from ptfix.chat_templates.rendering import Job, NotRenderedError, render_all, strip_generation_tags
 
 ADAPTER_CONFIG = "adapter_config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -38,9 +38,14 @@ _VOCABULARY_LIMIT = 256 * 2**20
 class Loaded:
     """What one reader loads."""
 
-    reader: str
+    by: readers.Reader
     templates: Templates
     error: str | None  #: why it loads nothing usable
+
+    @property
+    def reader(self) -> str:
+        """The reader's id."""
+        return self.by.id
 
     @property
     def digest(self) -> str | None:
@@ -62,7 +67,8 @@ class Eos:
         """The edit of generation_config.json that adds it."""
         data = read_bytes(self.path, JSON_LIMIT) or b"{}"
         text = json_text.with_member(data.decode(), "eos_token_id", [*self.stops_at, self.id])
-        return Change(self.path, data, text.encode())
+        # A plan resolves its folder, and a link is not written through.
+        return Change(self.path.parent.resolve() / self.path.name, data, text.encode())
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ def inspect(folder: Path, base: str | None = None, explicit: str | None = None) 
         name = base_folder = None
     loaded = [_loaded(reader, place) for reader in READERS if reader.reads(place)]
     found = dict.fromkeys(text for one in loaded if (text := one.templates.default) is not None)
-    verdicts = {text: choosing.judge(text, tokens) for text in found if text.strip()}
+    verdicts = {text: choosing.diagnose(text, tokens) for text in found if text.strip()}
     has_tokenizer = files.has_tokenizer(folder)
     misplaced = [*_places(place), *_readers(loaded)] if has_tokenizer else [_NO_TOKENIZER]
     wrong, notes = _judged(loaded, verdicts)
@@ -160,8 +166,8 @@ def misread(folder: Path, templates: Templates) -> list[str]:
     place = Folder(folder)
     wanted = texts.unix_lines(templates.default or "")
     loaded = [_loaded(reader, place) for reader in READERS if reader.reads(place)]
-    homeless = files.out_of_reach(templates)
-    return [one.reader for one in loaded if one.reader not in homeless and (one.templates.default or "") != wanted]
+    able = [one for one in loaded if one.by.finds(templates)]
+    return [one.reader for one in able if (one.templates.default or "") != wanted]
 
 
 def _is_saved(folder: Path) -> bool:
@@ -179,9 +185,9 @@ def _kind(place: Folder) -> str:
 
 def _loaded(reader: readers.Reader, place: Folder) -> Loaded:
     try:
-        return Loaded(reader.id, reader.read(place), None)
+        return Loaded(reader, reader.read(place), None)
     except ReadError as error:
-        return Loaded(reader.id, Templates(), str(error))
+        return Loaded(reader, Templates(), str(error))
 
 
 def _choose(
@@ -196,7 +202,10 @@ def _choose(
     if explicit is not None:
         return choosing.choose(explicit=explicit, special_tokens=tokens)
     first, *others = verdicts or [""]
-    difference = next(filter(None, (choosing.difference(first, other, tokens) for other in others)), None)
+    try:
+        difference = next(filter(None, (choosing.difference(first, other, tokens) for other in others)), None)
+    except NotRenderedError as error:
+        return Choice(None, "", [str(error)], judged=False)
     if difference is not None:
         reasons = [f"There are templates of two formats here. {difference}", "Say which is right: --template FILE"]
         return Choice(None, "", reasons)
@@ -248,7 +257,7 @@ def _places(place: Folder) -> list[str]:
 def _readers(loaded: list[Loaded]) -> list[str]:
     """Of what readers load, compared with each other."""
     named = Templates("", {name: "" for one in loaded for name in one.templates.named})
-    judged = [one for one in loaded if one.reader not in files.out_of_reach(named)]
+    judged = [one for one in loaded if one.by.finds(named)]
     found = [f"{_listed(group)}: {why}" for why, group in _grouped(judged, lambda one: one.error).items() if why]
     usable = [one for one in judged if (one.templates.default or "").strip()]
     if not usable:
@@ -260,7 +269,7 @@ def _readers(loaded: list[Loaded]) -> list[str]:
     if len(groups) > 1:
         told = [f"{digest} from {_sources(group)} ({_listed(group)})" for digest, group in groups.items()]
         found.append(f"Readers load different templates: {'; '.join(told)}")
-        ours = {kind: {one.digest for one in usable if kind in one.reader} for kind in ("tokenizer", "processor")}
+        ours = {kind: {one.digest for one in usable if one.by.kind == kind} for kind in ("tokenizer", "processor")}
         if ours["processor"] and ours["processor"].isdisjoint(ours["tokenizer"]):
             found.append("The processor has another template than its tokenizer")
     return [*found, *_named(usable)]
@@ -268,7 +277,7 @@ def _readers(loaded: list[Loaded]) -> list[str]:
 
 def _named(loaded: list[Loaded]) -> list[str]:
     """Of templates that some readers load by name and others do not."""
-    capable = [one for one in loaded if one.reader not in files.ONE_TEMPLATE]
+    capable = [one for one in loaded if one.by.loads == "every"]
     found = []
     for name in sorted({name for one in capable for name in one.templates.named}):
         groups = _grouped(capable, lambda one, name=name: one.templates.named.get(name))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ptfix.chat_templates.rendering import EndlessError, Job, RenderError, render_all
+from ptfix.chat_templates.rendering import EndlessError, Job, NotRenderedError, RenderError, render_all
 from ptfix.chat_templates.texts import common_prefix
 
 #: Plain sentences that no template has, so that each is found again in a render.
@@ -95,12 +95,20 @@ class Observed:
 
 
 def observe(template: str, special_tokens: Mapping[str, str]) -> Observed:
-    """Render every probe conversation, in one child process."""
+    """Render every probe conversation, in one child process.
+
+    Raises:
+        NotRenderedError: one of them was not tried, so that nothing is known.
+    """
     return observe_all([template], special_tokens)[0]
 
 
 def observe_all(templates: Sequence[str], special_tokens: Mapping[str, str]) -> list[Observed]:
-    """Render every probe conversation with every template, in one child process."""
+    """Render every probe conversation with every template, in one child process.
+
+    Raises:
+        NotRenderedError: one of them was not tried, so that nothing is known.
+    """
     observed = _observe_all(templates, special_tokens, needs_tools=False)
     silent = [
         index
@@ -116,7 +124,10 @@ def observe_all(templates: Sequence[str], special_tokens: Mapping[str, str]) -> 
 
 def _observe_all(templates: Sequence[str], special_tokens: Mapping[str, str], needs_tools: bool) -> list[Observed]:
     jobs = [_jobs(template, needs_tools) for template in templates]
-    renders = iter(render_all([job for some in jobs for job in some.values()], special_tokens))
+    rendered = render_all([job for some in jobs for job in some.values()], special_tokens)
+    if (untried := next((one for one in rendered if isinstance(one, NotRenderedError)), None)) is not None:
+        raise untried
+    renders = iter(rendered)
     return [_observed({name: next(renders) for name in some}, needs_tools) for some in jobs]
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from ptfix.chat_templates.texts import unix_lines
 
@@ -23,6 +23,8 @@ ADDITIONAL = "additional_chat_templates"
 LEGACY = "chat_template.json"
 PROCESSOR_CONFIG = "processor_config.json"
 KEY = "chat_template"
+#: Any one of them makes a folder a processor's.
+PROCESSORS = (PROCESSOR_CONFIG, "preprocessor_config.json", "video_preprocessor_config.json")
 
 JSON_LIMIT = 64 * 2**20
 TEMPLATE_LIMIT = 2**20
@@ -99,10 +101,9 @@ class Folder:
     @functools.cached_property
     def has_processor(self) -> bool:
         """Whether AutoProcessor finds more than a tokenizer here."""
-        return any(
-            (self.path / name).is_file()
-            for name in (PROCESSOR_CONFIG, "preprocessor_config.json", "video_preprocessor_config.json")
-        ) or bool((self.tokenizer_config or {}).get("processor_class"))
+        return any((self.path / name).is_file() for name in PROCESSORS) or bool(
+            (self.tokenizer_config or {}).get("processor_class")
+        )
 
     def read_all(self) -> None:
         """Read every place.
@@ -334,9 +335,22 @@ def _tgi(folder: Folder) -> Templates:
 class Reader:
     """One program, or one band of its releases, that loads a chat template from a folder."""
 
-    id: str
+    program: str
     find: Callable[[Folder], Templates]
-    processor: bool = False  #: reads for a processor; without one in the folder it is not asked
+    kind: Literal["tokenizer", "processor", "any"] = "any"  #: what it loads the template for
+    since: str | None = None  #: the first release of the program that reads so; None: not a matter of releases
+    until: str | None = None  #: the last one; None: all that followed
+    #: What it loads of the set of files that `files` writes: every template, the default one for sure, that only where
+    #: it is the only one, or nothing.
+    loads: Literal["every", "default", "single", "nothing"] = "every"
+
+    @property
+    def id(self) -> str:
+        """What people call it."""
+        releases = self.since if self.since == self.until else f"{self.since}-{self.until}"
+        releases = f">={self.since}" if self.since and self.until is None else releases
+        kind = None if self.kind == "any" else self.kind
+        return " ".join(filter(None, (self.program, releases, kind)))
 
     def read(self, folder: str | Path | Folder) -> Templates:
         """What this reader loads from `folder`; falsy where it finds nothing.
@@ -345,30 +359,34 @@ class Reader:
             ReadError: it raises there, or takes what no conversation can be rendered with.
         """
         folder = folder if isinstance(folder, Folder) else Folder(folder)
-        if self.processor and isinstance(_key(folder), list):
+        if self.kind == "processor" and isinstance(_key(folder), list):
             _tokenizer_439(folder)  # a processor loads only where its tokenizer does
         return self.find(folder)
 
     def reads(self, folder: Folder) -> bool:
         """Whether anybody would use this reader on such a folder."""
-        return folder.has_processor or not self.processor
+        return folder.has_processor or self.kind != "processor"
+
+    def finds(self, templates: Templates) -> bool:
+        """Whether the set of files for these templates has a place where this reader finds the default one."""
+        return self.loads in ("every", "default") or (self.loads == "single" and not templates.named)
 
 
 READERS: tuple[Reader, ...] = (
-    Reader("transformers 4.34-4.38 tokenizer", _tokenizer_434),
-    Reader("transformers 4.39-4.46 tokenizer", _tokenizer_439),
-    Reader("transformers 4.47-4.51 tokenizer", _tokenizer_447),
-    Reader("transformers >=4.52 tokenizer", _tokenizer_452),
-    Reader("transformers 4.42 processor", _processor_442, processor=True),
-    Reader("transformers 4.43-4.46 processor", _processor_443, processor=True),
-    Reader("transformers 4.47-4.51 processor", _processor_447, processor=True),
-    Reader("transformers 4.52-4.57 processor", _processor_452, processor=True),
-    Reader("transformers >=5.0 processor", _processor_500, processor=True),
+    Reader("transformers", _tokenizer_434, "tokenizer", "4.34", "4.38", loads="single"),
+    Reader("transformers", _tokenizer_439, "tokenizer", "4.39", "4.46"),
+    Reader("transformers", _tokenizer_447, "tokenizer", "4.47", "4.51", loads="default"),
+    Reader("transformers", _tokenizer_452, "tokenizer", "4.52"),
+    Reader("transformers", _processor_442, "processor", "4.42", "4.42", loads="nothing"),
+    Reader("transformers", _processor_443, "processor", "4.43", "4.46", loads="single"),
+    Reader("transformers", _processor_447, "processor", "4.47", "4.51", loads="default"),
+    Reader("transformers", _processor_452, "processor", "4.52", "4.57"),
+    Reader("transformers", _processor_500, "processor", "5.0"),
     Reader("llama.cpp convert (gguf 0.10)", _gguf_010),
     Reader("llama.cpp convert (gguf 0.19)", _gguf_019),
     Reader("vLLM", _vllm),
     Reader("SGLang", _sglang),
-    Reader("TGI", _tgi),
+    Reader("TGI", _tgi, loads="default"),
 )
 
 

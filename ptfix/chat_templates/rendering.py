@@ -18,7 +18,15 @@ from typing import Any, NamedTuple
 from ptfix import hosts
 from ptfix.chat_templates.generation_tags import strip_generation_tags
 
-__all__ = ["EndlessError", "Job", "RenderError", "render_all", "strip_generation_tags", "unavailable"]
+__all__ = [
+    "EndlessError",
+    "Job",
+    "NotRenderedError",
+    "RenderError",
+    "render_all",
+    "strip_generation_tags",
+    "unavailable",
+]
 
 #: Characters. The longest template known to us has about 30,000.
 TEMPLATE_LIMIT = 500_000
@@ -28,9 +36,14 @@ MEMORY_LIMIT = 512 * 2**20
 CPU_LIMIT = 4
 #: Seconds by the clock, and one more for each template: what one child may take, and what one call may take.
 CHILD_LIMIT, CALL_LIMIT = 15.0, 30.0
+#: Seconds until a child that could not be started is tried once more: memory and process tables fill up for a moment.
+_PAUSE = 0.2
 
 _JINJA2 = ">=3.1.6"
 _SANDBOX = Path(__file__).with_name("sandbox.py")
+_TOO_LATE = "The template was not rendered: the ones before it took too long."
+#: Signals that a template cannot cause: the system or a person ended the child.
+_FROM_OUTSIDE = {getattr(signal, name, None) for name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")}
 
 
 class RenderError(Exception):
@@ -39,6 +52,10 @@ class RenderError(Exception):
 
 class EndlessError(RenderError):
     """It did not stop by itself, or took the process that renders it with it: no other conversation will do better."""
+
+
+class NotRenderedError(RenderError):
+    """Nobody tried: no process could be started, it was killed, or the time was up. It says nothing of the template."""
 
 
 class Job(NamedTuple):
@@ -82,9 +99,9 @@ def render_all(jobs: Sequence[Job], special_tokens: Mapping[str, str]) -> list[s
     deadline = time.monotonic() + CALL_LIMIT + len({job.template for job in jobs})
     while waiting := [index for index, answer in enumerate(answers) if answer is None]:
         if reason is None and time.monotonic() > deadline:
-            reason = "The template was not rendered: the ones before it took too long."
+            reason = _TOO_LATE
         if reason is not None:
-            return [RenderError(reason) if answer is None else answer for answer in answers]
+            return [NotRenderedError(reason) if answer is None else answer for answer in answers]
         done, fault = _run([jobs[index] for index in waiting], special_tokens, deadline - time.monotonic())
         for index, answer in zip(waiting, done, strict=False):
             answers[index] = answer
@@ -92,7 +109,7 @@ def render_all(jobs: Sequence[Job], special_tokens: Mapping[str, str]) -> list[s
             culprit = jobs[waiting[len(done)]].template
             for index in waiting[len(done) :]:
                 if jobs[index].template == culprit:
-                    answers[index] = EndlessError(_says_why(fault))
+                    answers[index] = fault
     return [answer for answer in answers if answer is not None]
 
 
@@ -104,14 +121,17 @@ def _refused(job: Job) -> RenderError | None:
     return None
 
 
-def _run(jobs: Sequence[Job], special_tokens: Mapping[str, str], left: float) -> tuple[list[str | RenderError], str]:
+def _run(
+    jobs: Sequence[Job], special_tokens: Mapping[str, str], left: float
+) -> tuple[list[str | RenderError], RenderError]:
     """The answers one child gave, and why it gave no more; it stopped at the first job without an answer.
 
     Args:
         left: the seconds that are left to the call.
     """
     templates = list(dict.fromkeys(job.template for job in jobs))
-    seconds = min(CHILD_LIMIT + len(templates), max(left, 1.0))
+    whole = CHILD_LIMIT + len(templates)
+    seconds = min(whole, max(left, 1.0))
     number = {template: index for index, template in enumerate(templates)}
     request = {
         "memory": MEMORY_LIMIT,
@@ -124,15 +144,9 @@ def _run(jobs: Sequence[Job], special_tokens: Mapping[str, str], left: float) ->
     # As transformers does: what is not JSON, an image for one, becomes a word that names its type.
     stdin = json.dumps(request, default=lambda thing: f"<{type(thing).__name__}>").encode()
     try:
-        child = subprocess.Popen(
-            [sys.executable, "-I", str(_SANDBOX), *_jinja2_folders()],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
-        )
+        child = _start()
     except OSError as error:
-        return [], f"no process can be started for it: {error}"
+        return [], NotRenderedError(f"The template was not rendered: no process can be started for it ({error}).")
     with child:
         try:
             stdout, stderr = child.communicate(stdin, timeout=seconds)
@@ -140,9 +154,33 @@ def _run(jobs: Sequence[Job], special_tokens: Mapping[str, str], left: float) ->
         except subprocess.TimeoutExpired:
             child.kill()
             stdout, _ = child.communicate()
-            fault = f"it takes more than {seconds:.0f} s"
+            endless = EndlessError(_says_why(f"it takes more than {seconds:.0f} s"))
+            fault = NotRenderedError(_TOO_LATE) if seconds < whole else endless
     whole_lines = stdout.split(b"\n")[:-1]
     return [_answer(json.loads(line)) for line in whole_lines], fault
+
+
+def _start() -> subprocess.Popen[bytes]:
+    """A child that waits for its request. Where the system refuses, it is asked once more.
+
+    Raises:
+        OSError: it refused again.
+    """
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-I", str(_SANDBOX), *_jinja2_folders()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+        )
+
+    try:
+        return start()
+    except OSError:
+        time.sleep(_PAUSE)
+        return start()
 
 
 def _answer(answer: dict[str, str]) -> str | RenderError:
@@ -153,11 +191,14 @@ def _says_why(fault: str) -> str:
     return f"The template does not render: {fault}{'' if fault.endswith(('.', '!', '?')) else '.'}"
 
 
-def _why_it_ended(status: int, stderr: bytes) -> str:
+def _why_it_ended(status: int, stderr: bytes) -> RenderError:
+    if -status in _FROM_OUTSIDE:
+        name = signal.Signals(-status).name
+        return NotRenderedError(f"The template was not rendered: the process that renders it was ended by {name}.")
     if status == -getattr(signal, "SIGXCPU", 0):
-        return f"it takes more than {CPU_LIMIT} s of processor time"
+        return EndlessError(_says_why(f"it takes more than {CPU_LIMIT} s of processor time"))
     last_words = stderr.decode(errors="replace").strip().rpartition("\n")[2]
-    return f"the process that renders it ends with status {status} {last_words}".rstrip()
+    return EndlessError(_says_why(f"the process that renders it ends with status {status} {last_words}".rstrip()))
 
 
 def _jinja2_folders() -> Iterable[str]:

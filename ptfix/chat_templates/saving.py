@@ -6,15 +6,16 @@ template is the right one is asked at each save, of the template that is in memo
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
+import errno
 import functools
-import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from ptfix import errors
 from ptfix.chat_templates import files, readers
 from ptfix.chat_templates.readers import Templates
 
@@ -64,7 +65,8 @@ def register(obj: Any, inference: InMemory = None, *, base: str | Path | None = 
 
 
 def at_train_begin(obj: Any) -> None:
-    """Note the template `obj` has now, before the first step."""
+    """Note the template `obj` has now, before the first step. What was said of an earlier run may be said again."""
+    warn.cache_clear()
     vars(obj)[_MARK].setdefault("at_train_begin", _plain(obj.chat_template))
 
 
@@ -74,14 +76,36 @@ def is_registered(obj: Any) -> bool:
 
 
 def choice(obj: Any) -> Choice:
-    """Which templates a registered object is to be saved with, and why."""
-    state = {
-        **vars(obj)[_MARK],
-        "training": _plain(obj.chat_template),
-        "tokens": special_tokens(obj),
-        "processor": tokenizer_of(obj) is not obj,
-    }
-    return _chosen(json.dumps(state))
+    """Which templates a registered object is to be saved with, and why.
+
+    Where that cannot be judged now, `judged` is False and the templates are those of the last judgement, if the
+    training template is still the same. Each call tries again.
+    """
+    from ptfix.chat_templates import choosing
+
+    mark = {**vars(obj)[_MARK]}
+    training = _plain(obj.chat_template)
+    base, unreadable = None, []
+    if mark.get("base"):
+        try:
+            base = _loaded_from(Path(mark["base"]), tokenizer_of(obj) is not obj)
+        except readers.ReadError as error:
+            unreadable.append(f"Not the template of the base model: {error}.")
+    chosen = choosing.choose(
+        explicit=_templates(mark.get("explicit")),
+        base=base,
+        first_seen=_templates(mark.get("first_seen")),
+        at_train_begin=_templates(mark.get("at_train_begin")),
+        training=_templates(training),
+        special_tokens=special_tokens(obj),
+    )
+    chosen = dataclasses.replace(chosen, reasons=[*unreadable, *chosen.reasons])
+    if chosen.judged and chosen.templates is not None:
+        vars(obj)[_MARK]["last"] = {"training": training, "templates": chosen.templates.by_name()}
+    elif not chosen.judged and "last" in mark and mark["last"]["training"] == training:
+        templates = Templates.of(mark["last"]["templates"])
+        return dataclasses.replace(chosen, templates=templates, source="the last judgement")
+    return chosen
 
 
 def special_tokens(obj: Any) -> dict[str, str]:
@@ -100,65 +124,108 @@ def training_template(obj: Any) -> Templates | None:
     return _templates(_plain(obj.chat_template))
 
 
-@functools.lru_cache(maxsize=64)  # a template is judged once, not at each checkpoint
-def _chosen(key: str) -> Choice:
-    from ptfix.chat_templates import choosing
-
-    state = json.loads(key)
-    return choosing.choose(
-        explicit=_templates(state.get("explicit")),
-        base=_loaded_from(Path(state["base"]), state["processor"]) if state.get("base") else None,
-        first_seen=_templates(state.get("first_seen")),
-        at_train_begin=_templates(state.get("at_train_begin")),
-        training=_templates(state.get("training")),
-        special_tokens=state["tokens"],
-    )
-
-
+@functools.lru_cache(maxsize=64)  # it is published once; what cannot be read raises, and is read again the next time
 def _loaded_from(folder: Path, processor: bool) -> Templates | None:
-    """What the newest reader that finds anything loads from the base model's folder."""
+    """What the newest reader that finds anything loads from the base model's folder.
+
+    Raises:
+        ReadError: none finds anything, and one of them could not read.
+    """
+    fault: readers.ReadError | None = None
+    place = readers.Folder(folder)
     for reader in reversed(readers.READERS):
-        if reader.id.startswith("transformers") and reader.processor in (processor, False):
-            with contextlib.suppress(readers.ReadError):
-                found = reader.read(folder)
+        if reader.program == "transformers" and (processor or reader.kind != "processor"):
+            try:
+                found = reader.read(place)
+            except readers.ReadError as error:
+                fault = fault or error
+            else:
                 if found:
                     return found
+    if fault is not None:
+        raise fault
     return None
 
 
 def save(original: Callable[..., Any], obj: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
     """The host's ``save_pretrained``, of a registered object with its inference template. Returns what the host does.
 
-    Raises:
-        WriteError, ReadError: the templates cannot be written there; and what the host raises.
+    Raises nothing but what the host raises: what keeps a template from being written is a warning.
     """
     if not is_registered(obj):
         return original(obj, save_directory, *args, **kwargs)
-    chosen = choice(obj)
-    if chosen.templates is None:
-        if training_template(obj) is not None:
-            _say_once("; ".join(chosen.reasons))
+    of_processor = files.is_stage(save_directory)  # what is saved there, and said of it, is for the processor's save
+    twin = None
+    try:
+        chosen = choice(obj)
+        if chosen.templates is not None:
+            twin = _twin(obj, chosen.templates)
+        if not chosen.judged and not of_processor:
+            warn(not_judged(save_directory, chosen))
+        elif twin is None and training_template(obj) is not None:
+            warn(as_it_is(chosen))
+    except Exception as error:
+        warn(not_written(save_directory, [errors.one_line(error)]))
+    if twin is None:
         return original(obj, save_directory, *args, **kwargs)
-    twin = _twin(obj, chosen.templates)
-    if kwargs.get("filename_prefix") or os.path.isfile(save_directory):
+    if of_processor or kwargs.get("filename_prefix") or os.path.isfile(save_directory):
         # No reader looks for prefixed names; what is no folder, the host refuses.
         return original(twin, save_directory, *args, **kwargs)
-    if kwargs.get("push_to_hub") or args:  # uploads from where it saves
-        result = original(twin, save_directory, *args, **kwargs)
-    else:
-        with files.staged(save_directory) as stage:
-            result = _moved(original(twin, str(stage), **kwargs), str(stage), str(save_directory))
-            write(stage, chosen.templates, obj, durable=False)  # as the host's own files beside it
-    write(save_directory, chosen.templates, obj)
+    if not kwargs.get("push_to_hub") and not args:  # else it uploads from where it saves
+        try:
+            return _save_staged(original, twin, save_directory, kwargs)
+        except files.StageError as error:
+            logger.debug("%s is saved without a stage: %s", save_directory, error)
+    result = original(twin, save_directory, *args, **kwargs)
+    _finish(save_directory, twin)
     return result
+
+
+def _save_staged(original: Callable[..., Any], twin: Any, folder: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Save beside the folder's files first, so that each of them is whole at every moment.
+
+    Raises:
+        StageError: there is no way to; the host has to save into the folder itself.
+    """
+    with files.staged(folder) as stage:
+        try:
+            saved = original(twin, str(stage), **kwargs)
+        except Exception as error:
+            if _disk_is_full(error):  # it may not be for a host that overwrites the files that are there
+                raise files.StageError(str(error)) from error
+            raise
+        try:
+            outcome = files.publish(stage, folder, vars(twin)[_BEING_SAVED], processor=_is_processor(twin) or None)
+        except files.StageError:
+            raise
+        except Exception as error:
+            raise files.StageError(errors.one_line(error)) from error
+        if outcome.problems:
+            warn(not_written(folder, outcome.problems))
+        return _moved(saved, str(stage), str(folder))
+
+
+def _disk_is_full(error: Exception) -> bool:
+    codes = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+    # The tokenizers library is written in Rust, and raises a plain Exception with these words.
+    return getattr(error, "errno", None) in codes or any(f"(os error {code})" in str(error) for code in codes)
 
 
 def upload(original: Callable[..., Any], obj: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
     """The host's ``_upload_modified_files``, which sends what `save` will leave."""
-    templates = getattr(obj, "__dict__", {}).get(_BEING_SAVED)
-    if templates is not None:
-        write(working_dir, templates, obj)
+    if _BEING_SAVED in getattr(obj, "__dict__", {}):
+        _finish(working_dir, obj)
     return original(obj, working_dir, *args, **kwargs)
+
+
+def _finish(folder: Any, twin: Any) -> None:
+    """Put the templates where the host has saved `twin`, or say why not."""
+    try:
+        problems = write(folder, vars(twin)[_BEING_SAVED], twin).problems
+    except Exception as error:
+        problems = [errors.one_line(error)]
+    if problems:
+        warn(not_written(folder, problems))
 
 
 def _moved(saved: Any, stage: str, folder: str) -> Any:
@@ -170,25 +237,15 @@ def _moved(saved: Any, stage: str, folder: str) -> Any:
     )
 
 
-def uploaded_by(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``_upload_modified_files(self, working_dir, ...)`` that sends what `saved_by` would leave."""
-
-    @functools.wraps(original)
-    def _upload_modified_files(self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        templates = getattr(self, "__dict__", {}).get(_BEING_SAVED)
-        if templates is not None:
-            write(working_dir, templates, self)
-        return original(self, working_dir, *args, **kwargs)
-
-    return _upload_modified_files
-
-
-def write(folder: Any, templates: Templates, obj: Any, durable: bool = True) -> list[files.Change]:
-    """Make `folder`, where `obj` was saved, carry the templates in every place a reader looks."""
+def write(folder: Any, templates: Templates, obj: Any) -> files.Outcome:
+    """Make `folder`, where `obj` was saved, carry the templates in every place a reader looks, where that can be."""
     if not os.path.isdir(folder):
-        return []
-    is_processor = True if tokenizer_of(obj) is not obj else None
-    return files.write(folder, templates, processor=is_processor, durable=durable)
+        return files.Outcome([], [])
+    return files.write_where_possible(folder, templates, processor=_is_processor(obj) or None)
+
+
+def _is_processor(obj: Any) -> bool:
+    return tokenizer_of(obj) is not obj
 
 
 def _twin(obj: Any, templates: Templates) -> Any:
@@ -217,6 +274,37 @@ def _templates(plain: Any) -> Templates | None:
     return Templates.of({"default": plain} if isinstance(plain, str) else plain)
 
 
-@functools.lru_cache(maxsize=64)
-def _say_once(reasons: str) -> None:
-    logger.warning("the chat template is saved as it is: %s", reasons or "nothing better is known")
+# What is said. A save and a callback that looks after it find the same faults, and say them in the same words, once.
+
+
+def as_it_is(chosen: Choice) -> str:
+    """That no template is known to be better than the one in memory."""
+    return f"the chat template is saved as it is: {'; '.join(chosen.reasons) or 'nothing better is known'}"
+
+
+def not_judged(folder: Any, chosen: Choice) -> str:
+    """That nobody could find out which template is right."""
+    kept = "the one in memory" if chosen.templates is None else "the one that was right when it was last judged"
+    return _of_checkpoint(
+        f"which chat template is right for inference could not be judged, so {os.path.abspath(folder)} is saved with "
+        f"{kept}: {'; '.join(chosen.reasons)} The next save tries again."
+    )
+
+
+def not_written(folder: Any, problems: Iterable[str]) -> str:
+    """That a template is not everywhere."""
+    return _of_checkpoint(
+        f"the chat template for inference is not in every place of {os.path.abspath(folder)} where readers look: "
+        f"{'; '.join(problems)}"
+    )
+
+
+def _of_checkpoint(sentence: str) -> str:
+    """With the folders' names as they will be: transformers <4.39 saves into tmp-checkpoint-N and renames that."""
+    return sentence.replace(f"{os.sep}tmp-checkpoint-", f"{os.sep}checkpoint-")
+
+
+@functools.lru_cache(maxsize=256)
+def warn(sentence: str) -> None:
+    """Say it, once in a run."""
+    logger.warning("%s", sentence)

@@ -34,8 +34,8 @@ def _probe() -> str | None:
     return "save_pretrained writes the template in memory, be it meant for training or for inference"
 
 
-class _AskedForTemplates(Exception):
-    pass
+class _AskedForTemplates(BaseException):
+    """Not an Exception: a save turns those of ours into warnings."""
 
 
 class _Mark:

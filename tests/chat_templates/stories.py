@@ -103,6 +103,7 @@ def trainer(base: Path, out: Path, of: Any, callbacks: list[Any], **arguments: A
     import inspect
 
     given = arguments.pop("given", True)
+    prepare = arguments.pop("prepare", lambda args: None)
     defaults: dict[str, Any] = {
         "output_dir": str(out),
         "max_steps": 2,
@@ -113,6 +114,7 @@ def trainer(base: Path, out: Path, of: Any, callbacks: list[Any], **arguments: A
         "logging_steps": 100,
     }
     args = transformers.TrainingArguments(**{**defaults, **arguments})
+    prepare(args)
     takes = inspect.signature(transformers.Trainer.__init__).parameters
     name = "processing_class" if "processing_class" in takes else "tokenizer"
     return transformers.Trainer(

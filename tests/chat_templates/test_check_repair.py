@@ -80,7 +80,7 @@ def test_a_right_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     status, out, _ = ptfix(capsys, "check", folder)
     assert status == 0
     assert "good: every reader" in out
-    assert all(reader.id in out for reader in READERS if not reader.processor)
+    assert all(reader.id in out for reader in READERS if reader.kind != "processor")
     assert ptfix(capsys, "repair", folder)[0] == 0
     assert contents(folder) == before
 

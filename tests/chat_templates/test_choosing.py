@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ptfix.chat_templates import choosing
 from ptfix.chat_templates.choosing import base_folder, base_of, choose
 from ptfix.chat_templates.readers import ReadError, Templates
 
@@ -54,6 +61,42 @@ def test_order_after_the_base_model() -> None:
     begun = choose(first_seen=training, at_train_begin=Templates(RIGHT), training=training, special_tokens=TOKENS)
     assert (begun.templates, begun.source) == (Templates(RIGHT), "the template at train begin")
     assert "Not the template first seen" in told(begun.reasons)
+
+
+@pytest.mark.parametrize("good", range(4))
+def test_a_candidate_that_could_not_be_judged_leaves_no_choice(good: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even of a later one, which may be judged all right a moment later; and the next call tries again."""
+    choosing._judge.cache_clear()
+    choosing._difference.cache_clear()
+    real, starts = subprocess.Popen, itertools.count()
+
+    def refuses(*args: Any, **kwargs: Any) -> Any:
+        if next(starts) in (good, good + 1):  # it is asked twice
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", refuses)
+    given = {
+        "base": Templates(OTHER_FORMAT),
+        "first_seen": Templates(OTHERWISE),
+        "training": Templates(TRAINING),
+        "special_tokens": TOKENS,
+    }
+    choice = choose(**given)  # type: ignore[arg-type]
+    assert (choice.templates, choice.judged) == (None, False)
+    assert "no process can be started" in told(choice.reasons)
+    again = choose(**given)  # type: ignore[arg-type]
+    assert (again.templates, again.judged) == (Templates(OTHERWISE), True)
+
+
+def test_what_was_asked_for_is_taken_where_nobody_can_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    choosing._judge.cache_clear()
+    monkeypatch.setattr(sys, "executable", "")
+    choice = choose(explicit=RIGHT, special_tokens=TOKENS)
+    assert (choice.templates, choice.judged) == (Templates(RIGHT), True)
+    assert "Taken as it is" in told(choice.reasons)
+    monkeypatch.undo()
+    assert choose(explicit=RIGHT, special_tokens=TOKENS).reasons == []
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import errno
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +14,7 @@ from hypothesis import strategies as st
 import ptfix
 from ptfix import hosts
 from ptfix.chat_templates.diagnosis import Diagnosis, diagnose, disagreement
-from ptfix.chat_templates.rendering import Job, render_all, strip_generation_tags
+from ptfix.chat_templates.rendering import Job, NotRenderedError, render_all, strip_generation_tags
 from tests.chat_templates import real
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -423,3 +428,37 @@ def test_real_training_templates_agree_with_their_originals() -> None:
     for training, original in pairs:
         if original in templates:
             assert disagreement(templates[original], templates[training], TOKENS) is None, training
+
+
+# --- nobody could look ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("good", range(2), ids=["no child at all", "none to check the repaired copy"])
+def test_what_could_not_be_rendered_is_unknown_and_not_judged(good: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, starts = subprocess.Popen, iter(range(100))
+
+    def refuses(*args: Any, **kwargs: Any) -> Any:
+        if next(starts) >= good:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess, "Popen", refuses)
+        found = diagnose(LLAMA3_TRAINING, TOKENS)
+    assert (found.verdict, found.repaired, found.judged) == ("unknown", None, False)
+    assert len(found.reasons) == 1
+    assert "no process can be started for it" in found.reasons[0]
+    assert "does not render" not in found.reasons[0]
+    again = diagnose(LLAMA3_TRAINING, TOKENS)
+    assert (again.verdict, again.judged) == ("missing_generation_prompt", True)
+    assert again.repaired is not None
+
+
+def test_templates_that_could_not_be_compared_do_not_disagree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "")
+    with pytest.raises(NotRenderedError, match=r"sys\.executable"):
+        disagreement(LLAMA3, LLAMA3_TRAINING, TOKENS)
+
+
+def test_a_template_that_is_undecided_was_judged() -> None:
+    assert diagnose("{% for m in messages %}{{ m.content | upper }}{% endfor %}").judged

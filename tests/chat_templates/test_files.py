@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -452,7 +454,8 @@ for trial in range(trials):
             if reader.id not in homeless:
                 faults.append((trial, reader.id, str(error)))
             continue
-        if not (found.default in texts or (found.default is None and (reader.id in homeless or reader.processor))):
+        may_be_none = reader.id in homeless or reader.kind == "processor"
+        if found.default not in texts and not (found.default is None and may_be_none):
             faults.append((trial, reader.id, (found.default or "")[:10]))
         faults += [(trial, reader.id, name) for name, text in found.named.items() if text not in texts]
     left = dict(place.tokenizer_config, chat_template=None)
@@ -470,6 +473,240 @@ def test_a_kill_at_any_moment_leaves_each_file_old_or_new(folder: Path) -> None:
     assert result["faults"] == []
     assert result["unfinished"] > 0, "no kill fell into a write: the test shows nothing"
     assert result["left"] == [], "what killed writers leave is removed by the next"
+
+
+# Between plan and write.
+
+
+@pytest.fixture
+def swapped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder outside, to which additional_chat_templates/ is a link, after the plan, before the first write."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "old.jinja").write_text("stale")  # as in the folder: only its place tells them apart
+    (outside / ".x.elsewhere-1-00.ptfix-tmp").write_text("precious")
+    os.utime(outside / ".x.elsewhere-1-00.ptfix-tmp", (0, 0))
+    make = files._make
+
+    def swap(*args: object) -> None:
+        real = folder / "additional_chat_templates"
+        if not real.is_symlink():
+            if real.exists():
+                real.rename(folder / "aside")
+            real.symlink_to(outside)
+        make(*args)
+
+    monkeypatch.setattr(files, "_make", swap)
+    return outside
+
+
+@pytest.mark.skipif(os.name != "posix", reason="symbolic links need privileges elsewhere")
+@pytest.mark.parametrize("templates", [SINGLE, SEVERAL], ids=["removes", "writes"])
+@pytest.mark.parametrize("there", [False, True], ids=["none before", "one before"])
+def test_nothing_is_written_through_a_link_that_comes_after_the_plan(
+    there: bool, templates: Templates, folder: Path, swapped: Path
+) -> None:
+    if there:
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "old.jinja").write_text("stale")
+    before = contents(swapped)
+    outcome = files.write_where_possible(folder, templates, processor=True)
+    assert contents(swapped) == before
+    assert (folder / "additional_chat_templates").is_symlink()
+    assert json.loads((folder / "tokenizer_config.json").read_bytes())["chat_template"]
+    if there or templates is SEVERAL:
+        assert any("additional_chat_templates is a symbolic link" in problem for problem in outcome.problems)
+        with pytest.raises(WriteError, match="symbolic link"):
+            files.write(folder, templates, processor=True)
+        assert contents(swapped) == before
+
+
+@pytest.mark.skipif(not files._HOLDS, reason="this system cannot hold a folder open")
+def test_nothing_is_written_through_a_link_that_comes_while_a_file_is_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is held open from its first check to the last rename: what takes its name then has no effect."""
+    outside, real = tmp_path / "outside", folder / "additional_chat_templates"
+    outside.mkdir()
+    replace = files._Directory.replace
+
+    def swap(self: files._Directory, name: str, *args: object) -> None:
+        if self.path.name == real.name and not real.is_symlink():
+            real.rename(folder / "aside")
+            real.symlink_to(outside)
+        replace(self, name, *args)
+
+    monkeypatch.setattr(files._Directory, "replace", swap)
+    found = files.write_where_possible(folder, SEVERAL, processor=True)
+    assert real.is_symlink()
+    assert list(outside.iterdir()) == []
+    assert found.problems == []
+    assert {path.name for path in (folder / "aside").iterdir()} == {"tool_use.jinja", "rag.jinja"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="symbolic links need privileges elsewhere")
+@pytest.mark.parametrize("planned", [False, True], ids=["before the plan", "after it"])
+def test_a_staged_file_is_not_moved_through_a_link(
+    planned: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    commit, link = files._commit, folder / "additional_chat_templates"
+
+    def swap(*args: Any, **kwargs: Any) -> Any:
+        if not link.is_symlink():
+            link.symlink_to(outside)
+        return commit(*args, **kwargs)
+
+    with files.staged(folder) as stage:
+        (stage / "tokenizer_config.json").write_text("{}")
+        if planned:
+            monkeypatch.setattr(files, "_commit", swap)
+        else:
+            link.symlink_to(outside)
+        found = files.publish(stage, folder, SEVERAL, processor=True)
+    assert list(outside.iterdir()) == []
+    assert any("symbolic link" in problem for problem in found.problems)
+    assert Folder(folder).tokenizer_config == {
+        "chat_template": [{"name": name, "template": text} for name, text in SEVERAL.by_name().items()]
+    }
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.skipif(os.name != "posix", reason="symbolic links need privileges elsewhere")
+def test_a_file_that_becomes_a_link_after_the_plan_is_not_written_through(
+    name: str, folder: Path, tmp_path: Path
+) -> None:
+    files.write(folder, Templates("old"))
+    changes = files.plan(folder, SINGLE)
+    outside = tmp_path / "outside"
+    (folder / name).rename(outside)  # the same text, so that nothing but the link itself is new
+    (folder / name).symlink_to(outside)
+    before = outside.read_bytes()
+    files.commit(changes)
+    assert outside.read_bytes() == before
+    assert not (folder / name).is_symlink()
+
+
+# Power failures.
+
+
+@pytest.mark.skipif(not files._HOLDS, reason="this system cannot hold a folder open")
+def test_the_text_is_on_disk_before_its_name_and_then_the_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of the system's calls: a file's text, the rename, and at the end each folder that was changed."""
+    (folder / "additional_chat_templates").mkdir()
+    calls: list[tuple[str, object]] = []
+    fsync, replace, unlink = os.fsync, os.replace, os.unlink
+
+    def syncs(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        calls.append(("sync", (status.st_ino, status.st_size if stat.S_ISREG(status.st_mode) else None)))
+        fsync(descriptor)
+
+    def replaces(source: str, target: str, **kwargs: int) -> None:
+        status = os.stat(source, dir_fd=kwargs["src_dir_fd"])
+        calls.append(("name", (status.st_ino, status.st_size)))
+        replace(source, target, **kwargs)
+
+    def unlinks(name: str, **kwargs: int) -> None:
+        calls.append(("unlink", name))
+        unlink(name, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", syncs)
+    monkeypatch.setattr(os, "replace", replaces)
+    monkeypatch.setattr(os, "unlink", unlinks)
+    files.write(folder, SEVERAL, processor=True)
+    names = [place for place, (what, _) in enumerate(calls) if what == "name"]
+    assert len(names) == 4
+    for place in names:
+        assert ("sync", calls[place][1]) in calls[:place], "a name may outlive a power failure that its text does not"
+    for changed in (folder, folder / "additional_chat_templates"):
+        assert ("sync", (changed.stat().st_ino, None)) in calls[names[-1] :], changed
+    calls.clear()
+    files.write(folder, SINGLE, processor=True)
+    last = max(place for place, (what, _) in enumerate(calls) if what in ("name", "unlink"))
+    assert ("sync", (folder.stat().st_ino, None)) in calls[last:]
+
+
+# What `publish` makes of a stage.
+
+
+def test_a_stage_and_what_lies_there_are_planned_together(folder: Path) -> None:
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "stale.jinja").write_text("stale")
+    (folder / "chat_template.json").write_text('{"chat_template": "stale"}')
+    (folder / "mine.txt").write_text("mine")
+    with files.staged(folder) as stage:
+        (stage / "tokenizer_config.json").write_text('{"new": 1}')
+        (stage / "inner").mkdir()
+        (stage / "inner" / "more.json").write_text("{}")
+        assert files.is_stage(stage)
+        found = files.publish(stage, folder, SINGLE)
+    assert found.problems == []
+    assert not files.is_stage(folder)
+    after = contents(folder)
+    assert set(after) == {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "mine.txt",
+        "inner/more.json",
+    }
+    assert json.loads(after["tokenizer_config.json"]) == {"new": 1, "chat_template": SINGLE.default}
+
+
+def test_a_place_that_cannot_be_written_keeps_no_template_from_its_readers(folder: Path) -> None:
+    """Without the key there is a default template in chat_template.jinja alone: it stays."""
+    (folder / "tokenizer_config.json").write_text("{")
+    (folder / "chat_template.jinja").write_text("old")
+    found = files.write_where_possible(folder, SEVERAL, processor=False)
+    assert found.changes == []
+    assert len(found.problems) == 1
+    assert (folder / "chat_template.jinja").read_text() == "old"
+
+
+def test_no_additional_template_beside_a_legacy_file_that_stays(folder: Path) -> None:
+    """A processor of any release would not load."""
+    (folder / "chat_template.json").write_text('{"chat_template": "x", "mine": 1}')
+    found = files.write_where_possible(folder, SEVERAL, processor=True)
+    assert len(found.problems) == 1
+    assert not (folder / "additional_chat_templates").exists()
+    assert (folder / "chat_template.jinja").read_text() == SEVERAL.default
+
+
+# What is said of readers.
+
+
+@pytest.mark.parametrize("processor", [False, True], ids=["tokenizer alone", "processor"])
+@pytest.mark.parametrize("templates", [SINGLE, SEVERAL], ids=["single", "several"])
+def test_what_a_reader_is_said_to_load_is_what_it_loads(processor: bool, templates: Templates, folder: Path) -> None:
+    if processor:
+        (folder / "preprocessor_config.json").write_text("{}")
+    files.write(folder, templates)
+    place = Folder(folder)
+    for reader in READERS:
+        if not reader.reads(place):
+            continue
+        try:
+            found = reader.read(place)
+        except ReadError:
+            found = Templates()
+        assert (found.default == templates.default) == reader.finds(templates), reader.id
+        if reader.loads == "every":
+            assert found.by_name() == templates.by_name(), reader.id
+    assert {reader.kind for reader in READERS} == {"tokenizer", "processor", "any"}
+
+
+def test_a_reader_that_loads_less_is_not_said_to_load_every_template(folder: Path) -> None:
+    (folder / "preprocessor_config.json").write_text("{}")
+    files.write(folder, SEVERAL)
+    place = Folder(folder)
+    for reader in READERS:
+        try:
+            whole = reader.read(place).by_name() == SEVERAL.by_name()
+        except ReadError:
+            whole = False
+        assert whole == (reader.loads == "every"), reader.id
 
 
 # Special tokens.

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
 import itertools
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +16,14 @@ from packaging.version import Version
 
 from ptfix import hosts
 from ptfix.chat_templates import rendering
-from ptfix.chat_templates.rendering import Job, RenderError, render_all, strip_generation_tags
+from ptfix.chat_templates.rendering import (
+    EndlessError,
+    Job,
+    NotRenderedError,
+    RenderError,
+    render_all,
+    strip_generation_tags,
+)
 from tests.chat_templates import real
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -162,6 +172,60 @@ def test_the_child_has_a_clock_too(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_process_to_render_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     assert "no process can be started" in error_of(GOOD)
+
+
+class Refuses:
+    """subprocess.Popen that the system refuses so many times."""
+
+    def __init__(self, times: int) -> None:
+        self.times, self.started, self.real = times, 0, subprocess.Popen
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.times:
+            self.times -= 1
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        self.started += 1
+        return self.real(*args, **kwargs)
+
+
+def test_a_child_that_is_refused_is_started_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    popen = Refuses(1)
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    assert render_one(GOOD, messages=[USER]) == USER["content"]
+    popen.times = 2
+    assert isinstance(render_all([Job(GOOD, [USER])], TOKENS)[0], NotRenderedError)
+    assert popen.started == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGHUP"])
+def test_a_child_that_is_killed_says_nothing_of_its_template(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = subprocess.Popen
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        child = real(*args, **kwargs)
+        child.send_signal(getattr(signal, name))
+        return child
+
+    monkeypatch.setattr(subprocess, "Popen", killed)
+    answer = render_all([Job(GOOD, [USER])], TOKENS)[0]
+    assert isinstance(answer, NotRenderedError)
+    assert f"was ended by {name}" in str(answer)
+
+
+def test_a_template_without_time_left_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "CPU_LIMIT", 1000)
+    monkeypatch.setattr(rendering, "CHILD_LIMIT", 2.0)
+    monkeypatch.setattr(rendering, "CALL_LIMIT", 2.5)
+    loops = [Job(HOSTILE["endless loop"][0] + str(number), [USER]) for number in range(2)]
+    first, second = render_all(loops, TOKENS)
+    assert isinstance(first, EndlessError)
+    assert isinstance(second, NotRenderedError), "it had less time than a template may take"
+
+
+@pytest.mark.parametrize("name", ["endless loop", "a long text", "a syntax error", "a size"])
+def test_what_a_template_does_wrong_is_its_own_fault(name: str) -> None:
+    assert not isinstance(render_all([Job(HOSTILE[name][0], [USER])], TOKENS)[0], NotRenderedError)
 
 
 def test_nothing_to_render() -> None:

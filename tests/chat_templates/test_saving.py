@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import errno
 import json
 import logging
+import math
 import os
 import pickle
 import random
@@ -23,15 +26,17 @@ import torch
 import transformers
 
 import ptfix
-from ptfix.chat_templates import register
-from ptfix.chat_templates.readers import READERS, Folder
+from ptfix.chat_templates import choosing, files, readers, register, rendering, saving
+from ptfix.chat_templates.readers import READERS, Folder, ReadError
 from tests.chat_templates import stories
+from tests.chat_templates.stale import STALE
 from tests.chat_templates.stories import INFERENCE, TRAINING
 
 
 @pytest.fixture(autouse=True)
 def _applied() -> Iterator[None]:
     ptfix.apply()
+    saving.warn.cache_clear()
     yield
     ptfix.revert()
 
@@ -112,14 +117,15 @@ def test_what_the_trainer_would_upload(base: Path, tuned: Any, tmp_path: Path, m
     assert all(templates == {INFERENCE} for templates in sent)
 
 
-def test_save_pretrained_uploads_what_it_leaves(tuned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def uploads(monkeypatch: pytest.MonkeyPatch) -> list[set[str | None]]:
+    """What ``save_pretrained(push_to_hub=True)`` sends, with no hub: the templates of each upload."""
     sent: list[set[str | None]] = []
     ptfix.revert()
     mixin = transformers.utils.hub.PushToHubMixin
     monkeypatch.setattr(
         mixin,
         "_upload_modified_files",
-        lambda self, working_dir, *args, **kwargs: sent.append(loaded(Path(working_dir))),
+        lambda self, working_dir, *args, **kwargs: sent.append(defaults(Path(working_dir))),
     )
     if hasattr(mixin, "_create_repo"):
         monkeypatch.setattr(mixin, "_create_repo", lambda self, repo_id, **kwargs: repo_id)
@@ -132,6 +138,11 @@ def test_save_pretrained_uploads_what_it_leaves(tuned: Any, tmp_path: Path, monk
             base_module, "hf_api", lambda: type("Client", (), {"create_repo": lambda *args, **kwargs: answer})()
         )
     ptfix.apply()
+    return sent
+
+
+def test_save_pretrained_uploads_what_it_leaves(tuned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = uploads(monkeypatch)
     register(tuned)
     tuned.save_pretrained(str(tmp_path / "out"), push_to_hub=True, repo_id="x")
     assert sent == [{INFERENCE}]
@@ -385,3 +396,305 @@ def test_trl_with_a_training_template(base: Path, tmp_path: Path) -> None:
     trainer.train()
     assert loaded(tmp_path / "out" / "checkpoint-1") == {INFERENCE}
     assert tokenizer.chat_template == marked
+
+
+# What goes wrong beside the template is no reason for a save to fail.
+
+
+def defaults(folder: Path) -> set[str | None]:
+    """What the readers load that load anything."""
+    place, found = Folder(folder), set()
+    for reader in READERS:
+        with contextlib.suppress(ReadError):
+            if reader.reads(place) and reader.loads != "nothing":
+                found.add(reader.read(place).default)
+    return found
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.name == "ptfix" and record.levelname == "WARNING"]
+
+
+def saved_as_by_stock(ours: Path, stock: Path) -> None:
+    """Every file that the host writes, byte for byte, but for the template in it."""
+    places = {"chat_template.jinja", "chat_template.json"}
+    for path in stock.iterdir():
+        if path.name == "tokenizer_config.json":
+            one, other = (json.loads((folder / path.name).read_text("utf-8")) for folder in (ours, stock))
+            assert {**one, "chat_template": None} == {**other, "chat_template": None}
+        elif path.name not in places:
+            assert (ours / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.fixture
+def stock(tuned: Any, tmp_path: Path) -> Path:
+    """What the host saves alone."""
+    ptfix.revert()
+    tuned.save_pretrained(tmp_path / "stock")
+    ptfix.apply()
+    return tmp_path / "stock"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="symbolic links need privileges elsewhere")
+@pytest.mark.parametrize("name", STALE)
+def test_a_stale_odd_file_costs_no_save(
+    name: str, tuned: Any, stock: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build, words = STALE[name]
+    build(tmp_path / "out")
+    outside = {path: path.read_bytes() for path in tmp_path.glob("outside-*/**/*") if path.is_file()}
+    outside |= {path: path.read_bytes() for path in tmp_path.glob("outside-*") if path.is_file()}
+    register(tuned)
+    names = tuned.save_pretrained(tmp_path / "out")
+    assert {Path(name).parent for name in names} == {tmp_path / "out"}
+    saved_as_by_stock(tmp_path / "out", stock)
+    assert defaults(tmp_path / "out") == {INFERENCE}
+    assert len(said(caplog)) == bool(words), said(caplog)
+    assert words in "".join(said(caplog))
+    assert {path: path.read_bytes() for path in outside} == outside, "written through a link"
+    assert not list((tmp_path / "out").rglob("*.ptfix-tmp"))
+    tuned.save_pretrained(tmp_path / "out")
+    assert len(said(caplog)) == bool(words), "said again"
+
+
+def test_a_folder_where_a_file_has_to_be_fails_as_stock_fails(tuned: Any, tmp_path: Path) -> None:
+    """transformers from 4.47 on writes chat_template.jinja itself, and cannot: the error is the host's."""
+    outcomes = []
+    for apply in (False, True):
+        folder = tmp_path / f"{apply}"
+        (folder / "chat_template.jinja").mkdir(parents=True)
+        ptfix.apply() if apply else ptfix.revert()
+        register(tuned)
+        try:
+            tuned.save_pretrained(folder)
+        except OSError as error:
+            outcomes.append(type(error))
+        else:
+            outcomes.append(None)
+    assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one template", "several"])
+@pytest.mark.parametrize(
+    "name", [name for name in STALE if name.partition(" ")[0] in ("broken", "more", "additional_chat_templates")]
+)
+def test_a_stale_odd_file_costs_no_save_of_a_processor(
+    name: str, several: bool, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tests.chat_templates.load import TextProcessor
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    processor = TextProcessor(tokenizer)
+    if not hasattr(processor, "chat_template"):
+        pytest.skip("a processor of this release has no chat template")
+    STALE[name][0](tmp_path / "out")
+    outside = {path: path.read_bytes() for path in tmp_path.glob("outside-*/*")}
+    register(processor, {"default": INFERENCE, "tool_use": INFERENCE + "{# tools #}"} if several else INFERENCE)
+    tokenizer.chat_template = processor.chat_template = TRAINING
+    processor.save_pretrained(tmp_path / "out")
+    found = [sentence for sentence in said(caplog) if "ptfix-tmp" not in sentence]
+    assert len(found) == len(said(caplog)) <= 1
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").get_chat_template() == INFERENCE
+    assert {path: path.read_bytes() for path in tmp_path.glob("outside-*/*")} == outside
+
+
+def test_what_is_uploaded_beside_an_odd_file(
+    tuned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    STALE["broken processor_config.json"][0](tmp_path / "out")
+    sent = uploads(monkeypatch)
+    register(tuned)
+    tuned.save_pretrained(str(tmp_path / "out"), push_to_hub=True, repo_id="x")
+    assert sent == [{INFERENCE}]
+    assert len(said(caplog)) == 1
+    assert "processor_config.json is not valid JSON" in said(caplog)[0]
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """The operating system refuses every write of ptfix: it makes no file, and no file takes another's place."""
+    real_open, real_replace, real_mkdir = os.open, os.replace, os.mkdir
+
+    def opens(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if flags & os.O_CREAT and "ptfix-tmp" in str(path):
+            raise OSError(code, os.strerror(code), str(path))
+        return real_open(path, flags, *args, **kwargs)
+
+    def replaces(source: Any, target: Any, **kwargs: Any) -> None:
+        if "ptfix-tmp" in str(source):
+            raise OSError(code, os.strerror(code), str(target))
+        real_replace(source, target, **kwargs)
+
+    def makes(path: Any, *args: Any, **kwargs: Any) -> None:
+        if "ptfix-tmp" in str(path) and code != errno.ENOSPC:
+            raise OSError(code, os.strerror(code), str(path))
+        real_mkdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", opens)
+    monkeypatch.setattr(os, "replace", replaces)
+    monkeypatch.setattr(os, "mkdir", makes)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC], ids=["permission", "read-only", "full"])
+def test_a_system_that_refuses_us_costs_no_save(
+    code: int,
+    tuned: Any,
+    stock: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    register(tuned)
+    with monkeypatch.context() as patched:
+        refuse(patched, code)
+        tuned.save_pretrained(tmp_path / "out")
+    saved_as_by_stock(tmp_path / "out", stock)
+    assert len(said(caplog)) == 1
+    assert os.strerror(code) in said(caplog)[0]
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert again.chat_template == INFERENCE, "the host wrote it in its own places"
+
+
+def test_a_disk_without_room_for_a_second_copy(tuned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that overwrites the files that are there needs none, and neither do we."""
+    register(tuned)
+    tuned.save_pretrained(tmp_path / "out")
+    tuned.add_tokens(["another"])
+    real = type(tuned)._save_pretrained
+
+    def full(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        if "ptfix-tmp" in str(save_directory):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(self, save_directory, *args, **kwargs)
+
+    monkeypatch.setattr(type(tuned), "_save_pretrained", full)
+    tuned.save_pretrained(tmp_path / "out")
+    assert "another" in (tmp_path / "out" / "tokenizer.json").read_text("utf-8")
+    assert loaded(tmp_path / "out") == {INFERENCE}
+
+
+def test_a_fault_of_ours_costs_no_save(
+    tuned: Any, stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("a mistake in ptfix")
+
+    register(tuned)
+    for number, (owner, name) in enumerate(
+        [(saving, "choice"), (files, "publish"), (files, "write_where_possible"), (files._Directory, "clean")]
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, fails)
+            if name == "write_where_possible":
+                patched.setattr(files, "publish", fails)
+            tuned.save_pretrained(tmp_path / f"{number}")
+        saved_as_by_stock(tmp_path / f"{number}", stock)
+        if name != "publish":
+            assert "a mistake in ptfix" in said(caplog)[-1]
+        else:
+            assert loaded(tmp_path / f"{number}") == {INFERENCE}
+
+
+def test_one_save_looks_at_its_folder_once(tuned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(tuned)
+    surveys, reads = [], []
+    survey, read = files._survey, files.read_bytes
+    monkeypatch.setattr(files, "_survey", lambda *args: surveys.append(args) or survey(*args))
+    monkeypatch.setattr(files, "read_bytes", lambda path, *args: reads.append(path.name) or read(path, *args))
+    for _ in range(2):
+        surveys.clear()
+        reads.clear()
+        tuned.save_pretrained(tmp_path / "out")
+        assert len(surveys) == 1
+        assert max(map(reads.count, reads)) <= 2, "once to plan, and once to see that it is still so"
+
+
+# What could not be judged.
+
+
+class Starts:
+    """subprocess.Popen that the system refuses so many times."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, refusals: float) -> None:
+        self.refusals, self.real = refusals, subprocess.Popen
+        monkeypatch.setattr(subprocess, "Popen", self)
+        monkeypatch.setattr(rendering, "_PAUSE", 0.0)
+        choosing._judge.cache_clear()
+        choosing._difference.cache_clear()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.refusals > 0:
+            self.refusals -= 1
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return self.real(*args, **kwargs)
+
+
+def test_a_failed_child_is_not_remembered(
+    tuned: Any, stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    starts = Starts(monkeypatch, refusals=math.inf)
+    register(tuned)
+    tuned.save_pretrained(tmp_path / "1")
+    saved_as_by_stock(tmp_path / "1", stock)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "1").chat_template == TRAINING
+    assert len(said(caplog)) == 1
+    assert f"could not be judged, so {tmp_path / '1'} is saved with the one in memory" in said(caplog)[0]
+    assert "Cannot allocate memory" in said(caplog)[0]
+    starts.refusals = 0
+    tuned.save_pretrained(tmp_path / "2")
+    assert loaded(tmp_path / "2") == {INFERENCE}
+    assert len(said(caplog)) == 1
+
+
+@pytest.mark.parametrize("refusals", range(2, 8))
+def test_a_child_that_fails_in_the_middle_decides_nothing(
+    refusals: int, tuned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for a later candidate either: the base model's template stays the first choice."""
+    starts = Starts(monkeypatch, refusals=0)
+    real = starts.real
+    calls = iter(range(100))
+
+    def middle(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) in (refusals - 2, refusals - 1):
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", middle)
+    register(tuned)
+    for step in range(3):
+        tuned.save_pretrained(tmp_path / f"{step}")
+        assert transformers.AutoTokenizer.from_pretrained(tmp_path / f"{step}").chat_template in (INFERENCE, TRAINING)
+    assert loaded(tmp_path / "2") == {INFERENCE}
+
+
+def test_the_last_judgement_stands_while_nobody_can_judge(
+    tuned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    register(tuned)
+    tuned.save_pretrained(tmp_path / "1")
+    Starts(monkeypatch, refusals=math.inf)
+    tuned.save_pretrained(tmp_path / "2")
+    assert loaded(tmp_path / "2") == {INFERENCE}
+    assert "was right when it was last judged" in said(caplog)[0]
+    tuned.chat_template = TRAINING + "{# another #}"  # of which nothing is known
+    tuned.save_pretrained(tmp_path / "3")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "3").chat_template == TRAINING + "{# another #}"
+    assert "the one in memory" in said(caplog)[1]
+
+
+def test_a_base_that_cannot_be_read_now_is_read_later(
+    base: Path, tuned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Any, place: Any) -> None:
+        raise ReadError("tokenizer_config.json cannot be read: Input/output error")
+
+    saving._loaded_from.cache_clear()
+    tuned.init_kwargs.pop("chat_template", None)
+    register(tuned, base=base)
+    vars(tuned)[saving._MARK].pop("first_seen")
+    with monkeypatch.context() as patched:
+        patched.setattr(readers.Reader, "read", fails)
+        found = saving.choice(tuned)
+    assert found.source == "the training template, repaired"
+    assert "Input/output error" in found.reasons[0]
+    assert saving.choice(tuned).source == "the template of the base model"

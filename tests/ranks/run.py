@@ -204,7 +204,7 @@ def trained(folder: Path, on_ranks: bool = True) -> dict[str, Any]:
             remove_unused_columns=False,
         )
         if on_ranks:
-            _allow_sharding_on_cpu(args)
+            allow_sharding_on_cpu(args)
         heard = _Heard()
         logging.getLogger("ptfix").addHandler(heard)
         trainer = Trainer(model=model, args=args, train_dataset=rows, callbacks=callbacks)
@@ -224,7 +224,7 @@ class _Heard(logging.Handler):
         self.messages.append(record.getMessage())
 
 
-def _allow_sharding_on_cpu(args: Any) -> None:
+def allow_sharding_on_cpu(args: Any) -> None:
     """accelerate knows FSDP2 on accelerators only, though torch does it anywhere."""
     from accelerate import PartialState
     from accelerate.utils import DistributedType
