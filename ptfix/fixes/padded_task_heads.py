@@ -6,28 +6,23 @@ old ones.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 from ptfix.patching import Edit, Fix
 
+_CLASSES = (
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForFeatureExtraction",
+)
 
-def _wrap(original: Callable[..., Any], name: str) -> Callable[..., Any]:
-    from ptfix.soft_prompts import heads, training
 
-    head, by_name = heads.HEADS[name], training.by_name(original)
+def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+    from ptfix.soft_prompts import heads
 
-    @functools.wraps(original)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not heads.has_soft_prompt(self):
-            return original(self, *args, **kwargs)
-        if training.is_traced():
-            training.say_that_graphs_keep_padding()
-            return original(self, *args, **kwargs)
-        return heads.as_alone(original, self, by_name(args, kwargs), head)
-
-    return forward
+    return heads.around(original, heads.as_alone)
 
 
 def _probe() -> str | None:
@@ -36,25 +31,12 @@ def _probe() -> str | None:
     return probes.padded_class_fault()
 
 
-def _edits() -> tuple[Edit, ...]:
-    names = (
-        "PeftModelForSequenceClassification",
-        "PeftModelForTokenClassification",
-        "PeftModelForQuestionAnswering",
-        "PeftModelForFeatureExtraction",
-    )
-    return tuple(
-        Edit(f"peft.peft_model:{name}.forward", functools.partial(_wrap, name=name), ("self", "attention_mask"))
-        for name in names
-    )
-
-
 FIX = Fix(
     id="padded-task-heads",
     why="a classifier with a soft prompt answers a padded row otherwise than the row alone",
     link="https://github.com/huggingface/peft/issues/2642",
     affects={},
     probe=_probe,
-    edits=_edits(),
+    edits=tuple(Edit(f"peft.peft_model:{name}.forward", _wrap, ("self", "attention_mask")) for name in _CLASSES),
     retire_when="peft's task heads keep padding out of the way of the soft prompt (0.21.2 does not)",
 )

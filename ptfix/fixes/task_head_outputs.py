@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 from ptfix.patching import Edit, Fix
 
+_CLASSES = (
+    "PeftModelForTokenClassification",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForFeatureExtraction",
+)
 
-def _wrap(original: Callable[..., Any], name: str) -> Callable[..., Any]:
-    from ptfix.soft_prompts import heads, training
 
-    head, by_name = heads.HEADS[name], training.by_name(original)
+def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+    from ptfix.soft_prompts import heads
 
-    @functools.wraps(original)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not heads.has_soft_prompt(self):
-            return original(self, *args, **kwargs)
-        return heads.of_real_tokens(original, self, by_name(args, kwargs), head)
-
-    return forward
+    return heads.around(original, heads.of_real_tokens)
 
 
 def _probe() -> str | None:
@@ -29,24 +26,12 @@ def _probe() -> str | None:
     return probes.token_outputs_fault()
 
 
-def _edits() -> tuple[Edit, ...]:
-    names = (
-        "PeftModelForTokenClassification",
-        "PeftModelForQuestionAnswering",
-        "PeftModelForFeatureExtraction",
-    )
-    return tuple(
-        Edit(f"peft.peft_model:{name}.forward", functools.partial(_wrap, name=name), ("self", "attention_mask"))
-        for name in names
-    )
-
-
 FIX = Fix(
     id="task-head-outputs",
     why="token labels do not fit, a span's loss is another span's, and outputs count the virtual tokens too",
     link="https://github.com/huggingface/peft/blob/v0.21.2/src/peft/peft_model.py",
     affects={},
     probe=_probe,
-    edits=_edits(),
+    edits=tuple(Edit(f"peft.peft_model:{name}.forward", _wrap, ("self", "attention_mask")) for name in _CLASSES),
     retire_when="peft's task heads give one output for each token of the text (0.21.2 does not)",
 )

@@ -6,6 +6,7 @@ is said of tokens is said of the user's own tokens.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from ptfix.soft_prompts import caches, padding, training, views
-from ptfix.soft_prompts.adapter import SoftPrompt, active_config
+from ptfix.soft_prompts.adapter import SoftPrompt, active_config, is_encoder_decoder, is_switched_off
 
 Forward = Callable[..., Any]
 
@@ -50,10 +51,23 @@ def of(peft_model: Any) -> Head | None:
 
 def has_soft_prompt(peft_model: Any) -> bool:
     """Is the active adapter a soft prompt in front of a model that is no encoder-decoder, and switched on?"""
-    base = peft_model.base_model
-    if not active_config(peft_model).is_prompt_learning or getattr(base.config, "is_encoder_decoder", False):
+    if not active_config(peft_model).is_prompt_learning or is_encoder_decoder(peft_model.base_model):
         return False
-    return bool(vars(peft_model).get("forward") != base.forward)
+    return not is_switched_off(peft_model)
+
+
+def around(original: Forward, run: Callable[[Forward, Any, dict[str, Any], Head], Any]) -> Forward:
+    """A ``forward()`` of one of peft's task classes that is ``run(original, peft model, arguments by name, head)``
+    where it has a soft prompt."""
+    head, by_name = HEADS[original.__qualname__.partition(".")[0]], training.by_name(original)
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not has_soft_prompt(self):
+            return original(self, *args, **kwargs)
+        return run(original, self, by_name(args, kwargs), head)
+
+    return forward
 
 
 # --- padding -----------------------------------------------------------------------------------------------------
@@ -66,6 +80,9 @@ def as_alone(forward: Forward, peft_model: Any, given: dict[str, Any], head: Hea
     (peft#1093). Of a text padded on the right a decoder reads the class at a pad, since it finds the last token by ids
     and is fed embeddings.
     """
+    if training.is_traced():
+        training.say_that_graphs_keep_padding()
+        return forward(peft_model, **given)
     if not head.per_token:
         forward = partial(_class_at_last_token, forward)
     pads = training.is_left_padded(given)
@@ -109,14 +126,25 @@ def of_real_tokens(forward: Forward, peft_model: Any, given: dict[str, Any], hea
     prompt, view = SoftPrompt(peft_model), _with_task_ids(peft_model, task_ids)
     if prompt.is_prefix:
         return forward(view, **given)
-    if head.features is None:
+    if head.features is None and not training.is_traced():
         # Contiguous, since models view them for their losses.
         view = _with_class_layer(view, lambda classes: classes[:, prompt.length :].contiguous())
         return forward(view, **given)
     as_tuple = training.wants_tuple(peft_model, given)
+    if head.features is None:  # a graph takes no view of a model, so labels and places make way for the virtual tokens
+        given = _behind(prompt.length, given, head)
     outputs = forward(view, **{**given, "return_dict": True})
-    outputs[head.features] = outputs[head.features][:, prompt.length :]
+    for name in head.per_token:
+        outputs[name] = outputs[name][:, prompt.length :]
     return outputs.to_tuple() if as_tuple else outputs
+
+
+def _behind(virtual_tokens: int, given: dict[str, Any], head: Head) -> dict[str, Any]:
+    """The arguments with labels and places counted from the first virtual token on."""
+    moved = {name: given[name] + virtual_tokens for name in head.places if given.get(name) is not None}
+    if given.get("labels") is not None:
+        moved["labels"] = torch.nn.functional.pad(given["labels"], (virtual_tokens, 0), value=-100)
+    return {**given, **moved}
 
 
 def _with_class_layer(peft_model: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

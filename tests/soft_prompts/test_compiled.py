@@ -12,6 +12,7 @@ import torch
 import ptfix
 from ptfix.soft_prompts import training
 from tests.matrix import models
+from tests.soft_prompts import test_heads
 
 dynamo = pytest.importorskip("torch._dynamo")
 
@@ -62,3 +63,23 @@ def test_what_a_graph_cannot_do_is_said_once(caplog: pytest.LogCaptureFixture) -
     said = [record.message for record in caplog.records if "torch.compile" in record.message]
     assert len(said) == 1
     assert "on the right" in said[0]
+
+
+@pytest.mark.parametrize("task", ["TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"])
+def test_a_compiled_task_head_is_one_graph_with_the_eager_ones_outputs(task: str) -> None:
+    if not test_heads.is_made("llama", task):
+        pytest.skip(f"this transformers has no llama for {task}")
+    model, ids = test_heads.prompted("llama", task, "prompt_tuning"), torch.arange(2, 8)[None]
+    try:
+        test_heads.said(torch.compile(model, backend="eager", fullgraph=True), ids)
+    except Exception as error:
+        pytest.skip(f"stock cannot be compiled here: {type(error).__name__}")
+    ptfix.apply()
+    labels = {"TOKEN_CLS": {"labels": ids % 3}}.get(task, {})
+    dynamo.reset()
+    eager = test_heads.said(model, ids, **labels)
+    compiled = test_heads.said(torch.compile(model, backend="eager", fullgraph=True), ids, **labels)
+    for name in test_heads.TASKS[task][1]:
+        assert torch.equal(compiled[name], eager[name])
+    if labels:
+        torch.testing.assert_close(compiled.loss, eager.loss)
