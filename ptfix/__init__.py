@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["PatchError", "Report", "Row", "Status", "apply", "callbacks", "revert", "status"]
 
-#: Loaded on first use, so that `import ptfix` costs nothing. `callbacks` is a room that can be called.
+#: Loaded on first use, so that `import ptfix` costs nothing. `callbacks` is a module that can be called.
 _LAZY = {
     "PatchError": "ptfix.patching",
     "Report": "ptfix.report",
@@ -89,8 +89,8 @@ def _remedy() -> str:
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'ptfix' has no attribute {name!r}")
-    room = importlib.import_module(_LAZY[name])
-    return room if room.__name__ == f"ptfix.{name}" else getattr(room, name)
+    module = importlib.import_module(_LAZY[name])
+    return module if module.__name__ == f"ptfix.{name}" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

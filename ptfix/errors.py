@@ -1,4 +1,4 @@
-"""How an exception is told to people."""
+"""Exceptions in words for people."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class SequenceLengthGuardCallback(TrainerCallback):  # type: ignore[misc]  # the
         self._problems.begin()
         model = kwargs.get("model")
         config = getattr(model, "config", None)
-        if model is None or not hasattr(config, "to_dict") or getattr(config, "is_encoder_decoder", False):
+        if model is None or not hasattr(config, "to_dict") or adapter.is_encoder_decoder(model):
             return
         model = models.unwrap(model)
         dataloader = kwargs.get("train_dataloader")

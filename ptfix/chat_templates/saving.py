@@ -81,9 +81,9 @@ def choice(obj: Any) -> Choice:
     Where that cannot be judged now, `judged` is False and the templates are those of the last judgement, if the
     training template is still the same. Each call tries again.
     """
-    from ptfix.chat_templates import choosing
-
     mark = {**vars(obj)[_MARK]}
+    from ptfix.chat_templates import choosing  # not before the mark is read: apply() gets as far as that, and is quick
+
     training = _plain(obj.chat_template)
     base, unreadable = None, []
     if mark.get("base"):

@@ -275,12 +275,12 @@ def _cache(asked: _Asked, boundary: int) -> str | None:
             )
             scores.append([score.float() for score in out.scores])
             tokens.append(out.sequences[0, length:].tolist())
-        told = 0.0
+        largest = 0.0
         for step in range(_STEPS):
-            told = max(told, models.distance(scores[0][step], scores[1][step]))
+            largest = max(largest, models.distance(scores[0][step], scores[1][step]))
             if tokens[0][step] != tokens[1][step]:
                 break  # they tell different stories from here on
-        return told
+        return largest
 
     control = worst(min(_SHORT, max(1, boundary - _STEPS)))
     if control > models.tolerance(asked.model) or worst(max(1, boundary - 1)) <= max(

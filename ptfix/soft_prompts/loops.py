@@ -1,7 +1,7 @@
 """forward() with a KV cache: loops and serving code of the users' own.
 
 peft's forward puts the soft prompt in front of every call's tokens. Here a cache that holds it is continued, an empty
-one is filled from the start, by the same conversion of coordinates as in generate(); what cannot be told apart is
+one is filled from the start, by the same conversion of coordinates as in generate(); what cannot be decided is
 refused. The user counts real tokens, in masks and in positions, as with the base model.
 """
 
@@ -26,7 +26,7 @@ def forward(original: Callable[..., Any], peft_model: Any, given: dict[str, Any]
         given: forward()'s arguments by name.
 
     Raises:
-        ValueError: whether the cache holds the soft prompt, or where a row's text stands in it, cannot be told.
+        ValueError: whether the cache holds the soft prompt, or where a row's text stands in it, is not known.
     """
     name = caches.name_in(given)
     held = None if name is None else given[name]
@@ -103,7 +103,7 @@ def _check_that_it_holds(prompt: SoftPrompt, given: dict[str, Any], held: Any, c
         )
     if mask is None and mark is None:
         raise ValueError(
-            f"whether this cache of {cached} positions holds the soft prompt cannot be told: pass attention_mask, "
+            f"whether this cache of {cached} positions holds the soft prompt is not known: pass attention_mask, "
             "which covers the text in the cache and the new tokens, or start with an empty cache."
         )
     if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] != cached - virtual + new:

@@ -9,7 +9,7 @@ import torch
 #: Entry points of transformers' continuous batching, which PeftModel hands on to the base model.
 CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
-#: Where rows end inside a packed one, as attention kernels and recurrent layers are told.
+#: Arguments that tell attention kernels and recurrent layers where rows end inside a packed one.
 _ROW_ENDS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens_q", "cu_seqlens_k", "cu_seqlens", "seq_idx")
 
 

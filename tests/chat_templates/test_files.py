@@ -80,10 +80,10 @@ def defaults(folder: Path) -> dict[str, str | None]:
 
 def wanted(reader: str, templates: Templates) -> str | None:
     """The default template, but for releases that have no place for it."""
-    homeless = {"transformers 4.42 processor"}
+    unserved = {"transformers 4.42 processor"}
     if templates.named:
-        homeless |= {"transformers 4.34-4.38 tokenizer", "transformers 4.43-4.46 processor"}
-    return None if reader in homeless else templates.default
+        unserved |= {"transformers 4.34-4.38 tokenizer", "transformers 4.43-4.46 processor"}
+    return None if reader in unserved else templates.default
 
 
 def texts(value: object) -> Iterator[str]:
@@ -432,7 +432,7 @@ sets = [
     (files.Templates(texts[2]), False),
     (files.Templates(texts[3], {"tool_use": texts[0]}), False),
 ]
-homeless = {"transformers 4.42 processor", "transformers 4.43-4.46 processor", "transformers 4.34-4.38 tokenizer"}
+unserved = {"transformers 4.42 processor", "transformers 4.43-4.46 processor", "transformers 4.34-4.38 tokenizer"}
 config = json.loads((folder / "tokenizer_config.json").read_bytes())
 files.write(folder, *sets[0][:1], processor=True)
 faults, unfinished = [], 0
@@ -451,10 +451,10 @@ for trial in range(trials):
         try:
             found = reader.read(place)
         except files.ReadError as error:
-            if reader.id not in homeless:
+            if reader.id not in unserved:
                 faults.append((trial, reader.id, str(error)))
             continue
-        may_be_none = reader.id in homeless or reader.kind == "processor"
+        may_be_none = reader.id in unserved or reader.kind == "processor"
         if found.default not in texts and not (found.default is None and may_be_none):
             faults.append((trial, reader.id, (found.default or "")[:10]))
         faults += [(trial, reader.id, name) for name, text in found.named.items() if text not in texts]

@@ -28,7 +28,7 @@ import torch
 
 from ptfix import errors, models
 from ptfix.soft_prompts import caches, saving, views
-from ptfix.soft_prompts.adapter import active_config
+from ptfix.soft_prompts.adapter import active_config, is_encoder_decoder, is_switched_off
 from ptfix.soft_prompts.proof import check, reference
 
 #: A row is cut to so many tokens, its padding included, of which at most `MOST_PADS` are padding.
@@ -227,7 +227,7 @@ def _has_soft_prompt(model: Any) -> bool:
 
 def is_off(model: Any) -> bool:
     """Is this inside disable_adapter()? Then the base model's forward hangs on the PeftModel."""
-    return _has_soft_prompt(model) and bool(vars(model).get("forward") == model.base_model.forward)
+    return _has_soft_prompt(model) and is_switched_off(model)
 
 
 # --- one row of the user's ---------------------------------------------------------------------------------------
@@ -333,7 +333,7 @@ def _ask_generate(peft_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     cache_name = caches.name_in(kwargs)
     cached = caches.length(kwargs[cache_name]) if cache_name else 0
     turn = ""
-    if cached and batch.name == "input_ids" and not _is_encoder_decoder(peft_model):
+    if cached and batch.name == "input_ids" and not is_encoder_decoder(peft_model):
         held = cached - config.num_virtual_tokens
         turn = "a second turn" if held < batch.mask.shape[1] else "a text in the cache"
     more = _other_inputs(peft_model, kwargs) if len(batch.text) == 1 and not turn else {}
@@ -398,7 +398,7 @@ def _generated(
     scores = torch.cat(out.scores)
     new = out.sequences[:, -len(scores) :]
     truth = {name: value for name, value in row.alone.items() if name != "token_type_ids"}  # peft drops these
-    if _is_encoder_decoder(model):
+    if is_encoder_decoder(model):
         truth["labels"] = new  # as in training: the decoder reads its start token, then these
     else:
         read = new[:, :-1] if batch.name == "input_ids" else model.get_input_embeddings()(new[:, :-1])
@@ -452,10 +452,6 @@ def _other_inputs(peft_model: Any, kwargs: dict[str, Any]) -> Tensors:
     }
 
 
-def _is_encoder_decoder(model: Any) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
 # --- forward() with a cache --------------------------------------------------------------------------------------
 
 
@@ -480,7 +476,7 @@ def _continued(
     row = models.any_row(model, seed=0, tokens=6)
     task_ids = _Row({}).task_ids(kwargs) if _has_soft_prompt(model) else {}
     fixed, text = {**task_ids}, "input_ids"
-    if _is_encoder_decoder(model):
+    if is_encoder_decoder(model):
         fixed["input_ids"], text = row, "decoder_input_ids"
     first = call(**fixed, **{text: row[:, :-2]}, use_cache=True)
     rest = call(**fixed, **{text: row[:, -2:], cache_name: _cache_of(first)}, use_cache=True)
