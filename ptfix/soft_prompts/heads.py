@@ -26,6 +26,7 @@ class Head:
     """What one of peft's task classes takes and gives."""
 
     per_token: tuple[str, ...] = ()  #: outputs with one row per token; none where a class is given for the whole text
+    layers: tuple[str, ...] = ("classifier", "score")  #: what a class layer's name contains, as peft looks for it
     per_row: tuple[str, ...] = ()  #: arguments that say something of a whole row
     places: tuple[str, ...] = ()  #: arguments that are places in the text
     features: str | None = None  #: the output with one row per token of a model without a class layer
@@ -37,6 +38,7 @@ HEADS = {
     "PeftModelForTokenClassification": Head(per_token=("logits",)),
     "PeftModelForQuestionAnswering": Head(
         per_token=("start_logits", "end_logits"),
+        layers=("qa_outputs",),
         per_row=("start_positions", "end_positions"),
         places=("start_positions", "end_positions"),
     ),
@@ -84,7 +86,7 @@ def as_alone(forward: Forward, peft_model: Any, given: dict[str, Any], head: Hea
         training.say_that_graphs_keep_padding()
         return forward(peft_model, **given)
     if not head.per_token:
-        forward = partial(_class_at_last_token, forward)
+        forward = partial(_class_at_last_token, forward, head)
     pads = training.is_left_padded(given)
     if pads is None:
         return forward(peft_model, **given)
@@ -96,7 +98,7 @@ def _shifted(places: Any, by: torch.Tensor) -> Any:
     return places if places is None else places + by.to(places.device).view_as(places)
 
 
-def _class_at_last_token(forward: Forward, peft_model: Any, **given: Any) -> Any:
+def _class_at_last_token(forward: Forward, head: Head, peft_model: Any, **given: Any) -> Any:
     mask = given.get("attention_mask")
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or bool((mask[:, -1] != 0).all()):
         return forward(peft_model, **given)
@@ -108,7 +110,7 @@ def _class_at_last_token(forward: Forward, peft_model: Any, **given: Any) -> Any
         at_last = classes[torch.arange(len(classes), device=classes.device), last]
         return torch.cat((classes[:, :-1], at_last[:, None]), dim=1)
 
-    return forward(_with_class_layer(peft_model, last_token_last), **given)
+    return forward(_with_class_layer(peft_model, head, last_token_last), **given)
 
 
 # --- what is said of tokens --------------------------------------------------------------------------------------
@@ -128,7 +130,7 @@ def of_real_tokens(forward: Forward, peft_model: Any, given: dict[str, Any], hea
         return forward(view, **given)
     if head.features is None and not training.is_traced():
         # Contiguous, since models view them for their losses.
-        view = _with_class_layer(view, lambda classes: classes[:, prompt.length :].contiguous())
+        view = _with_class_layer(view, head, lambda classes: classes[:, prompt.length :].contiguous())
         return forward(view, **given)
     as_tuple = training.wants_tuple(peft_model, given)
     if head.features is None:  # a graph takes no view of a model, so labels and places make way for the virtual tokens
@@ -147,12 +149,15 @@ def _behind(virtual_tokens: int, given: dict[str, Any], head: Head) -> dict[str,
     return {**given, **moved}
 
 
-def _with_class_layer(peft_model: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def _with_class_layer(peft_model: Any, head: Head, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """A view of `peft_model` whose class layer gives ``change(classes [batch, tokens, classes])``.
+
+    Looked for by its name, since peft 0.16 has no ``cls_layer_name`` for soft prompts.
 
     A layer that is fed one vector a text (that of bert) stays as it is, and so does a model without such a layer.
     """
-    layer = getattr(peft_model, "cls_layer_name", None)
+    children = peft_model.base_model._modules
+    layer = next((name for name in children if any(part in name for part in head.layers)), None)
     if layer is None:
         return peft_model
 

@@ -49,7 +49,10 @@ def note(peft_model: Any, outputs: Any, held: Any = None) -> None:
     if returned is None and not isinstance(outputs, torch.Tensor | tuple):
         returned = caches.of(outputs)
     for cache in (held, returned):
-        if cache is not None and (caches.keeps_states(cache) or caches.length(cache)):
+        # Up to 5.0 mamba2 keeps its states in an object of its own, which no forward() of a loop can be given.
+        if not caches.is_cache(cache) and not isinstance(cache, tuple | list):
+            continue
+        if caches.keeps_states(cache) or caches.length(cache):
             known = marks.of(cache)
             read = None if known is None else known.read
             marks.put(cache, marks.Mark(peft_model.active_adapter, SoftPrompt(peft_model).length, read))
